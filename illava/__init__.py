@@ -1,0 +1,77 @@
+"""illava: faster vision-language models by merging redundant visual tokens.
+
+    import illava
+    handle = illava.patch(model, reduction=0.778)
+    model.generate(**inputs)
+    print(handle.report)
+    handle.remove()
+
+Importing illava loads neither torch nor transformers and changes nothing: the names below are
+looked up when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from illava.errors import (
+        AlreadyPatchedError,
+        CacheError,
+        IllavaError,
+        PlanError,
+        SeamError,
+        UnsupportedInputError,
+        UnsupportedModelError,
+    )
+    from illava.families import supported_models
+    from illava.patch import Handle, patch, unpatch
+    from illava.plan import ModelPlan, Plan
+    from illava.report import Report
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "patch": "illava.patch",
+    "unpatch": "illava.patch",
+    "Handle": "illava.patch",
+    "supported_models": "illava.families",
+    "Plan": "illava.plan",
+    "ModelPlan": "illava.plan",
+    "Report": "illava.report",
+    "IllavaError": "illava.errors",
+    "PlanError": "illava.errors",
+    "UnsupportedModelError": "illava.errors",
+    "SeamError": "illava.errors",
+    "AlreadyPatchedError": "illava.errors",
+    "UnsupportedInputError": "illava.errors",
+    "CacheError": "illava.errors",
+}
+
+__all__ = [
+    "AlreadyPatchedError",
+    "CacheError",
+    "Handle",
+    "IllavaError",
+    "ModelPlan",
+    "Plan",
+    "PlanError",
+    "Report",
+    "SeamError",
+    "UnsupportedInputError",
+    "UnsupportedModelError",
+    "patch",
+    "supported_models",
+    "unpatch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'illava' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,175 @@
+"""Attention over packed spans that also yields each query's log-sum-exp.
+
+Which kernel gives it (`/` means that torch ships it):
+
+=============== ============================================ =========================
+backend         call                                         where
+=============== ============================================ =========================
+`torch_cpu`     `aten::_scaled_dot_product_flash_attention_  CPU, any floating type
+                for_cpu`
+`torch_varlen`  `torch.nn.attention.varlen.varlen_attn`      CUDA, fp16/bf16, torch 2.10
+`flash_attn_2`  `flash_attn.flash_attn_varlen_func`          where flash-attn is installed
+`blocks`        plain torch, streamed over queries           anywhere
+=============== ============================================ =========================
+
+All of them are differentiable in their output; the log-sum-exp carries no gradient.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from illava.attention import streaming
+from illava.attention.spans import Spans
+
+BACKENDS = ("torch_cpu", "torch_varlen", "flash_attn_2", "blocks")
+
+
+def choose_backend(implementation: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The kernel that yields the log-sum-exp for a model that attends with `implementation`.
+
+    Args:
+        implementation: the model's `_attn_implementation` (`"sdpa"`, `"eager"`,
+            `"flash_attention_2"`).
+        device, dtype: where and in what type the vision encoder runs.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    if implementation == "flash_attention_2" and half and find_spec("flash_attn") is not None:
+        return "flash_attn_2"
+    if implementation == "eager":
+        return "blocks"
+    if device.type == "cpu" and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
+        return "torch_cpu"
+    if device.type == "cuda" and half and _has_varlen():
+        return "torch_varlen"
+    return "blocks"
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, spans: Spans, *, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Attention within each span, all spans together.
+
+    Args:
+        q, k, v: `[N, H, D]` packed tokens.
+        spans: which tokens attend to each other.
+        scale: factor on the scores.
+        backend: one of `BACKENDS`.
+
+    Returns:
+        Output `[N, H, D]` and log-sum-exp `[N, H]` in fp32.
+    """
+    if backend == "flash_attn_2":
+        return _flash_attn_2(q, k, v, spans, scale)
+    if backend == "torch_varlen":
+        return _torch_varlen(q, k, v, spans, scale)
+    dense = _dense_cpu if backend == "torch_cpu" else _dense_blocks
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+    for index, real in spans.tables():
+        heads_first = [x[index].transpose(1, 2) for x in (q, k, v)]  # [s, H, l, D]
+        o, level = dense(*heads_first, real, scale)
+        place = index.flatten() if real is None else index[real]
+        chosen = slice(None) if real is None else real.flatten()
+        out = out.index_copy(0, place, o.transpose(1, 2).flatten(0, 1)[chosen].to(q.dtype))
+        lse = lse.index_copy(0, place, level.transpose(1, 2).flatten(0, 1)[chosen].float())
+    return out, lse
+
+
+def varlen_attention_received(q: Tensor, k: Tensor, lse: Tensor, spans: Spans, *, scale: float) -> Tensor:
+    """S_avg within each span, `[N]` in fp32.
+
+    Args:
+        q, k: `[N, H, D]` packed tokens.
+        lse: `[N, H]` as `varlen_attention` yields it.
+        spans: which tokens attend to each other.
+        scale: factor on the scores.
+    """
+    received = q.new_empty(q.shape[0], dtype=torch.float32)
+    for index, real in spans.tables():
+        positions = None if real is None else real.long() - 1  # padding is -1, the rest 0
+        table = streaming.attention_received(
+            q[index].transpose(1, 2),  # [s, H, l, D]
+            k[index].transpose(1, 2),
+            scale=scale,
+            lse=lse[index].transpose(1, 2),  # [s, H, l]
+            q_positions=positions,
+            k_positions=positions,
+        )
+        chosen = index if real is None else index[real]
+        received[chosen] = table if real is None else table[real]
+    return received
+
+
+def varlen_log_sum_exp(q: Tensor, k: Tensor, spans: Spans, *, scale: float) -> Tensor:
+    """L_i of each query over its span, `[N, H]` in fp32, without computing an output."""
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    for index, real in spans.tables():
+        positions = None if real is None else real.long() - 1
+        level = streaming.log_sum_exp(
+            q[index].transpose(1, 2),
+            k[index].transpose(1, 2),
+            scale=scale,
+            q_positions=positions,
+            k_positions=positions,
+        ).transpose(1, 2)  # [s, l, H]
+        lse[index if real is None else index[real]] = level if real is None else level[real]
+    return lse
+
+
+def _has_varlen() -> bool:
+    """torch's varlen attention, and its option to return the log-sum-exp (torch 2.10)."""
+    if find_spec("torch.nn.attention.varlen") is None:
+        return False
+    from torch.nn.attention import varlen
+
+    return hasattr(varlen, "AuxRequest")
+
+
+def _dense_cpu(
+    q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    mask = None
+    if real is not None:
+        mask = torch.zeros_like(real, dtype=q.dtype).masked_fill(~real, float("-inf"))
+        mask = mask[:, None, None].expand(-1, 1, q.shape[2], -1)  # [s, 1, l, l], no copy
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, False, attn_mask=mask, scale=scale
+    )
+
+
+def _dense_blocks(
+    q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    hidden = None if real is None else ~real[:, None, None]  # [s, 1, 1, l]
+    step = max(16, streaming.BLOCK_ELEMENTS // (q.shape[0] * q.shape[1] * k.shape[2]))
+    outputs, levels = [], []
+    for start in range(0, q.shape[2], step):
+        scores = q[:, :, start : start + step].float() @ k.float().transpose(-1, -2) * scale
+        if hidden is not None:
+            scores = scores.masked_fill(hidden, float("-inf"))
+        levels.append(scores.detach().logsumexp(dim=-1))
+        outputs.append(scores.softmax(dim=-1).to(v.dtype) @ v)
+    return torch.cat(outputs, dim=2), torch.cat(levels, dim=2)
+
+
+def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float) -> tuple[Tensor, Tensor]:
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    out, lse = varlen_attn(
+        q, k, v, spans.cu_seqlens, spans.cu_seqlens, spans.longest, spans.longest,
+        scale=scale, return_aux=AuxRequest(lse=True),
+    )  # fmt: skip
+    return out, lse.transpose(0, 1)  # [H, N] -> [N, H]
+
+
+def _flash_attn_2(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float) -> tuple[Tensor, Tensor]:
+    from flash_attn import flash_attn_varlen_func
+
+    out, lse, _ = flash_attn_varlen_func(
+        q, k, v, spans.cu_seqlens, spans.cu_seqlens, spans.longest, spans.longest,
+        softmax_scale=scale, causal=False, return_attn_probs=True,
+    )  # fmt: skip
+    return out, lse.transpose(0, 1)  # [H, N] -> [N, H]

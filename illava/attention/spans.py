@@ -1,0 +1,69 @@
+"""Packed spans: tokens of many windows, frames and pictures laid end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# Spans share a padded table while padding adds at most this share of the longest span.
+PADDING_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where the spans of packed tokens begin and end.
+
+    Attributes:
+        cu_seqlens: `[S + 1]` int32 boundaries.
+        lengths: tokens per span, known on the host; spans of length 0 have been left out.
+    """
+
+    cu_seqlens: Tensor
+    lengths: tuple[int, ...]
+    _buckets: list[tuple[Tensor, Tensor | None]] = field(
+        default_factory=list, repr=False, compare=False
+    )
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int], device: torch.device | str) -> Spans:
+        real = tuple(n for n in lengths if n > 0)
+        bounds = torch.tensor([0, *real], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return cls(bounds.to(device), real)
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor) -> Spans:
+        """Reads the boundaries from the device, as HF's own loop over spans does."""
+        return cls.from_lengths(cu_seqlens.diff().tolist(), cu_seqlens.device)
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    def tables(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Spans of like length gathered into padded tables.
+
+        Yields:
+            `index` `[s, l]`, the packed place of each token (padding points at a real token), and
+            `real` `[s, l]` bool, or `None` when nothing is padded.
+        """
+        if not self._buckets:
+            self._buckets.extend(self._build_tables())
+        yield from self._buckets
+
+    def _build_tables(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        device = self.cu_seqlens.device
+        starts = torch.tensor([0, *self.lengths[:-1]]).cumsum(0).tolist()
+        spans = sorted(zip(self.lengths, starts, strict=True), reverse=True)
+        while spans:
+            longest = spans[0][0]
+            shortest = longest * (1 - PADDING_SHARE)
+            size = next((i for i, (n, _) in enumerate(spans) if n < shortest), len(spans))
+            table, spans = spans[:size], spans[size:]
+            length = torch.tensor([n for n, _ in table], device=device)[:, None]
+            start = torch.tensor([s for _, s in table], device=device)[:, None]
+            step = torch.arange(longest, device=device)[None]
+            index = start + torch.minimum(step, length - 1)  # [s, l]
+            yield index, None if table[-1][0] == longest else step < length

@@ -1,0 +1,31 @@
+"""Every error illava raises. Each message says the value, the reason and the remedy."""
+
+from __future__ import annotations
+
+
+class IllavaError(Exception):
+    """Base class: `except illava.IllavaError` catches whatever illava itself raises."""
+
+
+class PlanError(IllavaError, ValueError):
+    """A plan that cannot be carried out: layers out of range, two budgets at once, nothing left."""
+
+
+class UnsupportedModelError(IllavaError, TypeError):
+    """A model of a family illava does not know."""
+
+
+class SeamError(IllavaError, RuntimeError):
+    """A part of the model that illava needs is missing in this version of transformers."""
+
+
+class AlreadyPatchedError(IllavaError, RuntimeError):
+    """Another tool has replaced the code at a place illava needs."""
+
+
+class UnsupportedInputError(IllavaError, ValueError):
+    """An argument of the model's call that merging cannot serve (mask, packing, features)."""
+
+
+class CacheError(IllavaError, RuntimeError):
+    """A key-value cache that cannot hold layers of different lengths, or that another plan filled."""

@@ -1,0 +1,32 @@
+"""Which architectures illava knows. Adding one is adding a file and a line here."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+from illava.errors import UnsupportedModelError
+
+_FILES = {
+    "qwen2_vl": "illava.families.qwen2_vl",
+    "qwen2_5_vl": "illava.families.qwen2_vl",
+}
+
+
+def supported_models() -> tuple[str, ...]:
+    """The `config.model_type` of every architecture that `illava.patch` takes."""
+    return tuple(sorted(_FILES))
+
+
+def family_of(model_type: str, class_name: str) -> ModuleType:
+    """The file that describes an architecture.
+
+    Raises:
+        UnsupportedModelError: an unknown architecture; lists the known ones.
+    """
+    if model_type not in _FILES:
+        raise UnsupportedModelError(
+            f"{class_name} (model_type {model_type!r}) is not supported; illava knows "
+            f"{', '.join(supported_models())}. Pass one of these models, or its bare ...Model."
+        )
+    return import_module(_FILES[model_type])

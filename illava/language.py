@@ -1,0 +1,289 @@
+"""One call of the language model: what survives each merging decoder layer. Touches no module.
+
+Notation for tensor shapes: B rows, L tokens of this call at the caller's length, n slots held now,
+K keys of a layer, S segments (pictures and videos), N their largest number of slots, H query heads,
+D head size, d hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from illava import merge, sequence
+from illava.attention import streaming
+from illava.errors import UnsupportedInputError
+from illava.families.seams import VisualInput
+from illava.plan import ModelPlan
+from illava.vision import is_dead
+
+
+@dataclass
+class Stage:
+    """What the decoder holds from one layer on.
+
+    Attributes:
+        first_layer: the first layer that sees it.
+        positions: `[B, n]` the caller's position of each slot, -1 for padding on the left.
+        entry: `[B, n]` which slot of the first stage each one was.
+        row_lengths: real slots per row, known on the host.
+    """
+
+    first_layer: int
+    positions: Tensor
+    entry: Tensor
+    row_lengths: tuple[int, ...]
+
+    @property
+    def ragged(self) -> bool:
+        return min(self.row_lengths) < self.positions.shape[1]
+
+
+class LanguageCall:
+    """State of one language model call.
+
+    Args:
+        plan: what to merge.
+        embeds: `[B, L, d]` tokens at the caller's length; rows the encoder merged away are -inf.
+        visual: which tokens are visual; `None` when the call brings no picture.
+        padding_mask: `[B, past + L]` the caller's 2-D attention mask, or `None`.
+        past: tokens of the caller already in the cache.
+        implementation: the attention implementation the user chose.
+        plan_id: tells one handle's merges from another's in a cache.
+    """
+
+    def __init__(
+        self,
+        plan: ModelPlan,
+        embeds: Tensor,
+        visual: VisualInput | None,
+        padding_mask: Tensor | None,
+        past: int,
+        implementation: str,
+        plan_id: int,
+    ) -> None:
+        self.settings, self.implementation, self.plan_id = plan.settings, implementation, plan_id
+        self.visual, self.padding_mask, self.past = visual, padding_mask, past
+        self.length, self.dtype = embeds.shape[1], embeds.dtype
+        self.attending: int | None = None
+        self.counts: list[list[int]] = []  # slots per segment, one entry per stage
+        self._decisions: dict[int, merge.Merge] = {}
+        self._masks: dict[Any, Tensor | None] = {}
+        self.unpadded = padding_mask is None or bool(padding_mask.all())
+        rows = embeds.shape[0]
+        if visual is None:
+            self.removed: dict[int, list[int]] = {}
+            place = torch.arange(self.length, device=embeds.device).expand(rows, -1)
+            self.stages = [Stage(0, place + past, place, (self.length,) * rows)]
+            return
+        self._enter(plan, embeds, visual)
+
+    def _enter(self, plan: ModelPlan, embeds: Tensor, visual: VisualInput) -> None:
+        """Find what the encoder left, row by row, and lay out the segments' slots."""
+        device = embeds.device
+        segment = visual.segment  # [B, L] on the CPU
+        dead = is_dead(embeds).cpu() & (segment >= 0)
+        keep = ~dead
+        row_lengths = keep.sum(dim=1).tolist()
+        width = max(row_lengths)
+        index = merge.compact(keep, width)  # [B, n] on the CPU
+        positions = (index + self.past).masked_fill(~keep.gather(1, index), -1)
+        slots = segment.gather(1, index).masked_fill(positions < 0, -1)  # [B, n] segment per slot
+        self.entry_columns = index.to(device)
+        entry = torch.arange(width, device=device).expand(len(row_lengths), -1)
+        self.stages = [Stage(0, positions.to(device), entry, tuple(row_lengths))]
+
+        number = len(visual.tokens)
+        flat = slots.flatten()
+        counts = torch.bincount(flat[flat >= 0], minlength=number)
+        order = flat.argsort(stable=True)[(flat < 0).sum() :]  # visual slots, segment by segment
+        starts = (counts.cumsum(0) - counts)[:, None]
+        step = torch.arange(max(1, int(counts.max())))
+        table = order[(starts + step).clamp(max=max(0, len(order) - 1))] if len(order) else starts + step * 0
+        self.table = table.to(device)  # [S, N] flat slots of each segment, ascending
+        self.counts = [counts.tolist()]
+        self.segment_rows = (self.table[:, 0] // width).tolist()
+
+        removed = [plan.llm_removed(t, a) for t, a in zip(visual.tokens, self.counts[0], strict=True)]
+        self.removed = {layer: [r[i] for r in removed] for i, layer in enumerate(plan.llm_layers)}
+
+        real = torch.ones_like(segment, dtype=torch.bool)
+        if self.padding_mask is not None:
+            real = self.padding_mask[:, -self.length :].cpu().bool()
+        text = (segment < 0) & real
+        self.has_later_text = sequence.later_text(segment, real, number)
+        self._text = (text.gather(1, index) & (positions >= 0)).to(device)  # [B, n]
+        self._text_width = int(text.sum(dim=1).max())
+
+    @property
+    def changes_length(self) -> bool:
+        """Whether anything is, or will be, shorter than the caller thinks."""
+        return min(self.stages[0].row_lengths) < self.length or any(map(any, self.removed.values()))
+
+    def merges_at(self, layer: int) -> bool:
+        return any(self.removed.get(layer, ()))
+
+    def stage(self, layer: int) -> Stage:
+        """What `layer` is given."""
+        return next(s for s in reversed(self.stages) if s.first_layer <= layer)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Drop what the encoder merged away: `[..., L, d]` to `[..., n, d]`."""
+        return sequence.take_rows(x, self.entry_columns) if self.visual is not None else x
+
+    def mask(self, layer: int, cached: sequence.MergedLayer | None) -> Tensor | None:
+        """The attention mask for `layer`, made once per stage and cache history."""
+        stage = self.stage(layer)
+        key = (stage.first_layer, () if cached is None else cached.history)
+        if key not in self._masks:
+            self._masks[key] = sequence.attention_mask(
+                self.implementation,
+                stage.positions,
+                self._key_positions(stage, cached),
+                unpadded=self.unpadded and not stage.ragged and not (cached and cached.ragged),
+                dtype=self.dtype,
+            )
+        return self._masks[key]
+
+    def _key_positions(self, stage: Stage, cached: sequence.MergedLayer | None) -> Tensor:
+        keys = stage.positions
+        if cached is not None and cached.positions is not None:
+            keys = torch.cat([cached.positions.to(keys.device), keys], dim=1)
+        return sequence.valid_positions(keys, self.padding_mask)
+
+    def announce(self, layer: int, cached: sequence.MergedLayer) -> None:
+        """Tell a cache layer which positions it is about to be given."""
+        stage = self.stage(layer)
+        mark = None if self.visual is None else (self.plan_id, stage.first_layer)
+        cached.expect(stage.positions, self.length, stage.ragged, mark)
+
+    def begin_attention(self, layer: int, cached: sequence.MergedLayer | None) -> None:
+        """Announce that `layer`'s attention runs next."""
+        self.attending, self._keys = layer, self._key_positions(self.stage(layer), cached)
+
+    def decide(self, layer: int, q: Tensor, k: Tensor, scale: float) -> None:
+        """Decide `layer`'s merge from its queries `[B, H, n, D]` and keys `[B, K', K, D]`."""
+        stage, counts = self.stage(layer), self.counts[-1]
+        keys = self._keys.to(q.device)
+        importance = self._importance(q, k, keys, stage, scale)  # [B, n]
+        self.table = self.table.to(q.device)
+        slots = stage.positions.shape[1]
+        new_keys = k[:, :, -slots:]
+        self._decisions[layer] = merge.select(
+            importance.flatten()[self.table],
+            self.table,
+            counts,
+            [n - r for n, r in zip(counts, self.removed[layer], strict=True)],
+            total_units=importance.numel(),
+            rule=self.settings.merge,
+            recycled_share=self.settings.recycled,
+            members=self.settings.members,
+            queries=q.transpose(1, 2).flatten(0, 1)[:, None],  # [B*n, 1, H, D]
+            keys=new_keys.transpose(1, 2).flatten(0, 1)[:, None],
+            scale=scale,
+        )
+
+    def _importance(self, q: Tensor, k: Tensor, keys: Tensor, stage: Stage, scale: float) -> Tensor:
+        slots = stage.positions.shape[1]
+        own = keys[:, -slots:]  # the queries' positions, padding of both kinds marked -1
+        if self.settings.score == "lse":
+            level = streaming.log_sum_exp(q, k, scale=scale, q_positions=own, k_positions=keys)
+            return level.mean(dim=1)
+
+        def received(columns: Tensor, positions: Tensor) -> Tensor:
+            chosen = sequence.take_rows(q, columns[:, None].expand(-1, q.shape[1], -1))
+            table = streaming.attention_received(
+                chosen, k, scale=scale, q_positions=positions, k_positions=keys
+            )
+            return table[:, -slots:]
+
+        everyone = torch.arange(slots, device=q.device).expand(q.shape[0], -1)
+        if self.settings.queries == "all":
+            return received(everyone, own)
+        if self.settings.queries == "visual":
+            visual = torch.zeros(own.numel(), dtype=torch.bool, device=q.device)
+            visual[self._real_slots()] = True
+            return received(everyone, own.masked_fill(~visual.view(own.shape), -1))
+        if self.settings.queries == "last":
+            last = own.argmax(dim=1, keepdim=True)  # [B, 1]
+            return received(last, own.gather(1, last))
+        text = self._text.to(q.device)
+        columns = merge.compact(text, self._text_width)  # [B, T]
+        positions = own.masked_fill(~text, -1).gather(1, columns)
+        importance = received(columns, positions)
+        if all(self.has_later_text):
+            return importance
+        # Nothing after these pictures can ask for them: all their queries rank them instead.
+        lone = [s for s, later in enumerate(self.has_later_text) if not later]
+        mine = torch.zeros(own.numel(), dtype=torch.bool, device=q.device)
+        mine[self._real_slots(lone)] = True
+        return torch.where(mine.view(own.shape), received(everyone, own), importance)
+
+    def _real_slots(self, segments: list[int] | None = None) -> Tensor:
+        chosen = range(len(self.counts[-1])) if segments is None else segments
+        return torch.cat([self.table[s, : self.counts[-1][s]] for s in chosen])
+
+    def merge(self, layer: int, hidden: Tensor) -> Tensor:
+        """Apply `layer`'s decision: `[B, n, d]` to `[B, n', d]`, padded on the left."""
+        decision, stage = self._decisions.pop(layer), self.stage(layer)
+        rows = list(stage.row_lengths)
+        for segment, removed in enumerate(self.removed[layer]):
+            rows[self.segment_rows[segment]] -= removed
+        batch, slots = stage.positions.shape
+        width, device = max(rows), hidden.device  # layers may sit on different devices
+        old = stage.positions.to(device)
+        keep = decision.keep.view(batch, slots) & (old >= 0)
+        index = merge.compact(keep, width)  # [B, n']
+        kept = keep.gather(1, index)
+        positions = old.gather(1, index).masked_fill(~kept, -1)
+        entry = stage.entry.to(device).gather(1, index)
+        self.stages.append(Stage(layer + 1, positions, entry, tuple(rows)))
+        self._text = self._text.to(device).gather(1, index) & kept
+
+        # A kept slot moves to its rank among its row's kept slots, counted from the right.
+        rank = keep.long().cumsum(dim=1)
+        column = rank - rank[:, -1:] + width - 1
+        moved = column + torch.arange(batch, device=column.device)[:, None] * width
+        self.table = moved.flatten()[decision.kept_table]
+        self.counts.append(list(decision.kept_counts))
+
+        blended = decision.blend(hidden.flatten(0, 1)).view(hidden.shape)
+        return sequence.take_rows(blended, index)
+
+    def leave(self, x: Tensor, layer: int) -> Tensor:
+        """The hidden states given to `layer`, back at the caller's length: `[B, L, d]`."""
+        stage = self.stage(layer)
+        if min(stage.row_lengths) == self.length:
+            return x
+        return sequence.expand_rows(x, stage.positions - self.past, self.length)
+
+
+def refuse_unserved(
+    attention_mask: Any, position_ids: Tensor | None, checkpointing: bool, batch: int
+) -> None:
+    """Say which arguments of a call merging cannot serve, before anything runs.
+
+    Raises:
+        UnsupportedInputError: a mask that is not 2-D, packed sequences, gradient checkpointing.
+    """
+    if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
+        shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise UnsupportedInputError(
+            f"attention_mask of {shape}: a ready-made mask of the caller's length fits no layer after a "
+            "merge; pass the tokenizer's 2-D mask of 0 and 1, from which illava makes each layer's own"
+        )
+    if checkpointing:
+        raise UnsupportedInputError(
+            "gradient checkpointing recomputes layers after the call is over, when what was merged is "
+            "forgotten; call model.gradient_checkpointing_disable() while the model is patched"
+        )
+    if attention_mask is None and batch == 1 and position_ids is not None and position_ids.ndim == 3:
+        text = position_ids[0, 0]
+        if position_ids.shape[0] == 4 and text.numel() > 1 and not bool((text.diff() == 1).all()):
+            raise UnsupportedInputError(
+                f"position_ids restart {int((text.diff() != 1).sum())} times within one row: packed "
+                "sequences are not supported; pass one sequence per row with a 2-D attention mask"
+            )

@@ -1,0 +1,248 @@
+"""Selecting and recycling: pure tensor maths over units, no model in sight.
+
+A *segment* is the set of units among which one selection is made (an image, a video frame). The
+segments of a call are handled together: padded to a table of `[segments, units]` whose sizes are
+known on the host, so that nothing here waits for a device.
+
+Notation for tensor shapes: S segments, N units of the largest segment, C recycled units, T targets,
+M members of a group, U units in all, g tokens per unit, H query heads, K key heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Elements of the largest score block held at once while affinities are computed (64 MiB in fp32).
+AFFINITY_BLOCK_ELEMENTS = 2**24
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One decision, to be applied to anything that has a row per unit.
+
+    Attributes:
+        keep: `[U]` bool, the units that survive. Units of no segment always survive.
+        recycled: `[R]` the surviving units that take in others.
+        sources: `[R, M]` the units each recycled unit is made of, itself among them.
+        weights: `[R, M]` their weights in fp32; every row sums to 1, unused places weigh 0.
+        kept_table: `[S, P]` for each segment its surviving units in ascending order; rows are
+            padded at the end.
+        kept_counts: how many of each row of `kept_table` are real.
+    """
+
+    keep: Tensor
+    recycled: Tensor
+    sources: Tensor
+    weights: Tensor
+    kept_table: Tensor
+    kept_counts: tuple[int, ...]
+
+    def blend(self, features: Tensor) -> Tensor:
+        """Replace the recycled units' rows by the weighted sum of their groups.
+
+        Args:
+            features: `[U, ...]`, one row per unit; the inner layout of a unit is kept slot by slot.
+
+        Returns:
+            `[U, ...]` in the same dtype; rows of other units are untouched.
+        """
+        if self.recycled.numel() == 0:
+            return features
+        flat = features.reshape(features.shape[0], -1)  # [U, g*d]
+        group = flat[self.sources].float()  # [R, M, g*d]
+        mixed = torch.einsum("rm,rmd->rd", self.weights, group).to(flat.dtype)
+        return flat.index_copy(0, self.recycled, mixed).reshape(features.shape)
+
+
+def select(
+    importance: Tensor,
+    index: Tensor,
+    counts: Sequence[int],
+    keep_counts: Sequence[int],
+    *,
+    total_units: int,
+    rule: str = "recycle",
+    recycled_share: float = 0.05,
+    members: int = 5,
+    queries: Tensor | None = None,
+    keys: Tensor | None = None,
+    scale: float = 1.0,
+) -> Merge:
+    """Decide which units of each segment survive and what the recycled ones take in.
+
+    Paper, section 3.2.2. A segment that keeps all its units is left exactly as it is.
+
+    Args:
+        importance: `[S, N]` mean attention received per unit; padding may hold anything.
+        index: `[S, N]` where each segment's units stand among all `U` units, ascending in a row.
+        counts: real units per segment.
+        keep_counts: units to keep per segment, 1 to `counts`.
+        total_units: `U`.
+        rule: `"recycle"` (informative and recycled units), `"prune"` (drop the rest) or `"linear"`
+            (the first version's: one unit takes in all the dropped ones with weights R+1, ..., 1,
+            the least important weighing most, as its section 3.2 and its released code have it).
+        recycled_share: share of the kept units that recycle; at least one does.
+        members: size M of a group, the recycled unit itself included.
+        queries, keys: `[U, g, H, D]` and `[U, g, K, D]`, the same layer's rotated queries and keys;
+            needed by `"recycle"` alone.
+        scale: factor on their scores.
+
+    Returns:
+        The decision. Ties in importance go to the earlier unit.
+    """
+    device = importance.device
+    width = importance.shape[1]
+    count = torch.tensor(counts, device=device)[:, None]  # [S, 1]
+    kept = torch.tensor(keep_counts, device=device)[:, None]  # [S, 1]
+    place = torch.arange(width, device=device)[None]  # [1, N]
+
+    ranked = importance.float().masked_fill(place >= count, float("-inf"))
+    order = ranked.argsort(dim=1, descending=True, stable=True)  # [S, N] unit at each rank
+
+    # Surviving units in their own order: everything below the cut moves behind the last place.
+    widest = max(keep_counts)
+    table = torch.where(place < kept, order, width).sort(dim=1).values[:, :widest]  # [S, P]
+    kept_table = index.gather(1, table.clamp(max=width - 1))
+    flat_kept = kept_table.flatten()[_real(keep_counts, widest, device)]
+    flat_all = index.flatten()[_real(counts, width, device)]
+    keep = torch.ones(total_units, dtype=torch.bool, device=device)
+    keep[flat_all] = False
+    keep[flat_kept] = True
+
+    groups = _no_groups(device)
+    if rule == "linear":
+        groups = _linear_groups(order, index, counts, keep_counts)
+    elif rule == "recycle":
+        if queries is None or keys is None:
+            raise ValueError("the rule 'recycle' needs the layer's queries and keys")
+        groups = _recycled_groups(
+            order, index, counts, keep_counts, recycled_share, members, queries, keys, scale
+        )
+    return Merge(keep, *groups, kept_table, tuple(keep_counts))
+
+
+def recycled_count(kept: int, removed: int, share: float) -> int:
+    """P^c: how many of `kept` units recycle when `removed` are dropped (DESIGN: step 2)."""
+    return min(kept, max(1, round(share * kept))) if removed else 0
+
+
+def compact(keep: Tensor, length: int) -> Tensor:
+    """Where the kept places of each row stand, pushed to the right.
+
+    Args:
+        keep: `[B, L]` bool.
+        length: places per row afterwards, at least the largest number kept in a row.
+
+    Returns:
+        `[B, length]` indices into a row. A row with fewer kept places starts with dropped ones,
+        which the caller masks: padding on the left, so that the last token stays last.
+    """
+    return keep.to(torch.uint8).argsort(dim=1, stable=True)[:, keep.shape[1] - length :]
+
+
+def _real(counts: Sequence[int], width: int, device: torch.device) -> Tensor:
+    """Flat places of the first `counts[s]` columns of each row of an `[S, width]` table."""
+    rows = [torch.arange(row * width, row * width + n) for row, n in enumerate(counts)]
+    return torch.cat(rows).to(device) if rows else torch.zeros(0, dtype=torch.long, device=device)
+
+
+def _no_groups(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    nothing = torch.zeros(0, dtype=torch.long, device=device)
+    return nothing, nothing[:, None], nothing[:, None].float()
+
+
+def _linear_groups(
+    order: Tensor, index: Tensor, counts: Sequence[int], keep_counts: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first version's rule: rank P-1 takes in everything ranked below it."""
+    device = order.device
+    merging = [s for s, (n, p) in enumerate(zip(counts, keep_counts, strict=True)) if n > p]
+    if not merging:
+        return _no_groups(device)
+    sizes = [counts[s] - keep_counts[s] + 1 for s in merging]
+    rows = torch.tensor(merging, device=device)
+    first = torch.tensor([keep_counts[s] - 1 for s in merging], device=device)[:, None]
+    step = torch.arange(max(sizes), device=device)[None]  # [1, T]
+    size = torch.tensor(sizes, device=device)[:, None]
+    ranks = (first + step).clamp(max=order.shape[1] - 1)
+    sources = index[rows].gather(1, order[rows].gather(1, ranks))  # [S', T]
+    weights = torch.where(step < size, step + 1.0, torch.zeros_like(step, dtype=torch.float32))
+    return sources[:, 0], sources, weights / weights.sum(dim=1, keepdim=True)
+
+
+def _recycled_groups(
+    order: Tensor,
+    index: Tensor,
+    counts: Sequence[int],
+    keep_counts: Sequence[int],
+    share: float,
+    members: int,
+    queries: Tensor,
+    keys: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The paper's rule: recycled units and the groups they take in."""
+    device = order.device
+    merging = [s for s, (n, p) in enumerate(zip(counts, keep_counts, strict=True)) if n > p]
+    if not merging:
+        return _no_groups(device)
+    recycled = [recycled_count(keep_counts[s], counts[s] - keep_counts[s], share) for s in merging]
+    informative = [keep_counts[s] - c for s, c in zip(merging, recycled, strict=True)]
+    targets = [counts[s] - i for s, i in zip(merging, informative, strict=True)]
+
+    # Ranks from P^i on are the targets; the first P^c of them are the recycled units themselves,
+    # so that a recycled unit and its own place among the targets share one column number.
+    rows = torch.tensor(merging, device=device)
+    step = torch.arange(max(targets), device=device)[None]  # [1, T]
+    first = torch.tensor(informative, device=device)[:, None]
+    ranks = (first + step).clamp(max=order.shape[1] - 1)
+    target_units = index[rows].gather(1, order[rows].gather(1, ranks))  # [S', T]
+    is_target = step < torch.tensor(targets, device=device)[:, None]  # [S', T]
+
+    widest = max(recycled)
+    scores = affinity(queries[target_units[:, :widest]], keys[target_units], is_target, scale)
+    scores = scores.masked_fill(~is_target[:, None], float("-inf"))  # [S', C, T]
+    own = torch.eye(widest, scores.shape[2], dtype=torch.bool, device=device)
+    group = scores.masked_fill(own, float("inf")).topk(min(members, scores.shape[2]), dim=2).indices
+    weights = scores.gather(2, group).clamp(min=0)  # [S', C, M]; -inf marks places of no target
+    weights = weights / weights.sum(dim=2, keepdim=True)
+    sources = target_units.gather(1, group.flatten(1)).view(group.shape)  # [S', C, M]
+
+    real = _real(recycled, widest, device)
+    return (
+        target_units[:, :widest].flatten()[real],
+        sources.flatten(0, 1)[real],  # [R, M]
+        weights.flatten(0, 1)[real],
+    )
+
+
+def affinity(queries: Tensor, keys: Tensor, is_target: Tensor, scale: float) -> Tensor:
+    """S_sub: attention from recycled units to target units (paper, eq. 3 and below it).
+
+    Args:
+        queries: `[S, C, g, H, D]`.
+        keys: `[S, T, g, K, D]`, `K` dividing `H` (grouped queries).
+        is_target: `[S, T]` bool, which columns are real.
+        scale: factor on the scores.
+
+    Returns:
+        `[S, C, T]` in fp32: softmax over all real target tokens, averaged over heads and over the
+        members of both units.
+    """
+    segments, width, unit, heads, _ = queries.shape
+    columns, key_heads = keys.shape[1], keys.shape[3]
+    k = keys.float().permute(0, 3, 4, 1, 2).flatten(3)  # [S, K, D, T*g]
+    k = k.repeat_interleave(heads // key_heads, dim=1)  # [S, H, D, T*g]
+    hidden = ~is_target.repeat_interleave(unit, dim=1)[:, None, None]  # [S, 1, 1, T*g]
+    step = max(1, AFFINITY_BLOCK_ELEMENTS // (segments * heads * unit * unit * columns))
+    blocks = []
+    for start in range(0, width, step):
+        q = queries[:, start : start + step].float().permute(0, 3, 1, 2, 4).flatten(2, 3)
+        scores = (q @ k * scale).masked_fill(hidden, float("-inf"))  # [S, H, c*g, T*g]
+        mean = scores.softmax(dim=-1).mean(dim=1)  # [S, c*g, T*g]
+        blocks.append(mean.unflatten(2, (columns, unit)).unflatten(1, (-1, unit)).mean(dim=(2, 4)))
+    return torch.cat(blocks, dim=1)

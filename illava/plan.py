@@ -1,0 +1,372 @@
+"""From a budget to units removed per layer and segment. Needs no tensor and no model.
+
+Every count on this page is in *visual tokens*: the tokens the language model sees. One visual token
+is one merge unit of the encoder (in Qwen2-VL 2 x 2 patches), so both stages count the same thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from illava.errors import PlanError
+
+DEFAULT_REDUCTION = 2 / 3
+
+_CHOICES = {
+    "score": ("attention", "lse"),
+    "merge": ("recycle", "prune", "linear"),
+    "queries": ("text", "all", "visual", "last"),
+    "window_score": ("window", "picture"),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked for. A budget is said in one of three ways, never in two at once.
+
+    Attributes:
+        vit_layers: encoder blocks that merge, counted from 0; `None` for the family's default,
+            `()` for none.
+        llm_layers: decoder layers that merge, likewise.
+        reduction: share of the visual tokens gone after the last merge, in [0, 1); the first way.
+            `None` means 2/3 unless another budget is given. Paper: 0.667, 0.778, 0.889.
+        encoder_share: share of the removed tokens that the encoder removes, in [0, 1]. Paper: 0.4.
+        vit_keep_ratio, llm_keep_ratio: share each merging layer keeps, in (0, 1]; the second way
+            (the paper's release).
+        vit_tokens_removed, llm_tokens_removed: tokens each merging layer removes from each frame or
+            picture; the third way (the paper's first version).
+        recycled: share of the kept tokens that take in dropped ones, in (0, 1].
+        members: size of such a group, the recycled token included (paper: M = 5).
+        score: `"attention"` received (paper, eq. 3), or `"lse"`, the query statistic that the
+            paper's release reads.
+        merge: `"recycle"` (paper, section 3.2.2), `"prune"`, or `"linear"` (first version).
+        queries: whose attention counts in the language model: the later `"text"`, `"all"`,
+            `"visual"` tokens, or the `"last"` token. With `"text"`, a picture after which no text
+            comes is ranked by all its queries.
+        window_score: in blocks that attend in windows, rank tokens by the attention they receive
+            within their `"window"`, or by what they would receive in the whole `"picture"`.
+
+    Raises:
+        PlanError: a value out of range, or two budgets at once.
+    """
+
+    vit_layers: tuple[int, ...] | None = None
+    llm_layers: tuple[int, ...] | None = None
+    reduction: float | None = None
+    encoder_share: float = 0.4
+    vit_keep_ratio: float | None = None
+    llm_keep_ratio: float | None = None
+    vit_tokens_removed: int | None = None
+    llm_tokens_removed: int | None = None
+    recycled: float = 0.05
+    members: int = 5
+    score: Literal["attention", "lse"] = "attention"
+    merge: Literal["recycle", "prune", "linear"] = "recycle"
+    queries: Literal["text", "all", "visual", "last"] = "text"
+    window_score: Literal["window", "picture"] = "window"
+
+    def __post_init__(self) -> None:
+        for name in ("vit_layers", "llm_layers"):
+            object.__setattr__(self, name, _layer_tuple(name, getattr(self, name)))
+        _check_range("reduction", self.reduction, 0, 1, upper_open=True, hint="for example 0.667")
+        _check_range("encoder_share", self.encoder_share, 0, 1)
+        for name in ("vit_keep_ratio", "llm_keep_ratio"):
+            _check_range(
+                name, getattr(self, name), 0, 1, lower_open=True,
+                hint="a layer that keeps nothing would leave a picture without a token",
+            )  # fmt: skip
+        for name in ("vit_tokens_removed", "llm_tokens_removed"):
+            _check_count(name, getattr(self, name), minimum=0)
+        _check_range("recycled", self.recycled, 0, 1, lower_open=True)
+        _check_count("members", self.members, minimum=1)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise PlanError(
+                    f"{name}={getattr(self, name)!r} is not known; choose one of "
+                    f"{', '.join(map(repr, choices))}"
+                )
+        said = [name for name, keys in _BUDGETS.items() if any(getattr(self, k) is not None for k in keys)]
+        if len(said) > 1:
+            given = [k for name in said for k in _BUDGETS[name] if getattr(self, k) is not None]
+            raise PlanError(
+                f"two budgets at once: {', '.join(f'{k}={getattr(self, k)!r}' for k in given)}; "
+                f"give only {' or only '.join(said)}"
+            )
+
+    @classmethod
+    def paper(cls, reduction: float = DEFAULT_REDUCTION, **changes: Any) -> Plan:
+        """The ICLR paper's plan for Qwen2.5-VL-7B (section 4.1): encoder 5, 9, 13, LLM 2, 8, 14."""
+        return replace(cls((5, 9, 13), (2, 8, 14), reduction), **changes)
+
+    @classmethod
+    def release(cls, **changes: Any) -> Plan:
+        """The paper's code release: encoder 5-8 keeping 0.85 each, LLM 19-21-23-25 keeping 0.9."""
+        plan = cls((5, 6, 7, 8), (19, 21, 23, 25), vit_keep_ratio=0.85, llm_keep_ratio=0.9, score="lse")
+        return replace(plan, **changes)
+
+    @classmethod
+    def first_version(cls, **changes: Any) -> Plan:
+        """The paper's first version: 92 at encoder 3-6 and 108 at LLM layer 2, merged linearly."""
+        plan = cls((3, 4, 5, 6), (2,), vit_tokens_removed=92, llm_tokens_removed=108,
+                   merge="linear", queries="visual")  # fmt: skip
+        return replace(plan, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON; `Plan(**d)` reads it back."""
+        return asdict(self)
+
+    @property
+    def budget(self) -> str:
+        """`"reduction"`, `"keep ratio"` or `"tokens removed"`."""
+        for name, keys in _BUDGETS.items():
+            if any(getattr(self, key) is not None for key in keys):
+                return name
+        return "reduction"
+
+
+_BUDGETS = {
+    "reduction": ("reduction",),
+    "keep ratio": ("vit_keep_ratio", "llm_keep_ratio"),
+    "tokens removed": ("vit_tokens_removed", "llm_tokens_removed"),
+}
+
+
+@dataclass(frozen=True)
+class SegmentSchedule:
+    """What happens to one picture or video.
+
+    Attributes:
+        frames: frames the encoder attends over one by one (1 for a picture).
+        tokens: visual tokens before any merge.
+        vit, llm: `(layer, tokens in, tokens out)` per merging layer, over all frames.
+    """
+
+    frames: int
+    tokens: int
+    vit: tuple[tuple[int, int, int], ...]
+    llm: tuple[tuple[int, int, int], ...]
+
+    @property
+    def encoder_tokens(self) -> int:
+        """Visual tokens that leave the encoder."""
+        return self.vit[-1][2] if self.vit else self.tokens
+
+    @property
+    def final_tokens(self) -> int:
+        """Visual tokens after the last merge."""
+        return self.llm[-1][2] if self.llm else self.encoder_tokens
+
+    @property
+    def reduction(self) -> float:
+        """Share of the visual tokens gone after the last merge."""
+        return 1 - self.final_tokens / self.tokens
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A plan whose layers have been settled for one model.
+
+    Attributes:
+        settings: the plan as asked for.
+        vit_layers, llm_layers: the layers that merge, ascending.
+        vit_depth, llm_depth: blocks and layers of the model.
+        merge_size: patches along one side of a merge unit.
+    """
+
+    settings: Plan
+    vit_layers: tuple[int, ...]
+    llm_layers: tuple[int, ...]
+    vit_depth: int
+    llm_depth: int
+    merge_size: int
+
+    @property
+    def removes_nothing(self) -> bool:
+        """Whether no picture of any size would lose a token."""
+        return not (self.vit_layers or self.llm_layers) or self.reduction == 0
+
+    @property
+    def reduction(self) -> float | None:
+        """The total reduction asked for; `None` if the budget is a ratio or a count per layer."""
+        s = self.settings
+        if s.budget != "reduction":
+            return None
+        return DEFAULT_REDUCTION if s.reduction is None else s.reduction
+
+    def vit_removed(self, frame_tokens: int) -> tuple[int, ...]:
+        """Tokens each merging encoder block removes from a frame of `frame_tokens`.
+
+        With a total reduction this is the constant R_v of the paper's section 3.2.1. A frame too
+        small for the plan loses less, never its last token.
+        """
+        s, layers = self.settings, self.vit_layers
+        if not layers:
+            return ()
+        if s.budget == "keep ratio":
+            return _by_ratio(frame_tokens, s.vit_keep_ratio, len(layers))
+        if s.budget == "tokens removed":
+            per_layer = s.vit_tokens_removed or 0
+        else:
+            share = s.encoder_share if self.llm_layers else 1.0
+            per_layer = round(share * (self.reduction or 0) * frame_tokens / len(layers))
+        return (min(per_layer, (frame_tokens - 1) // len(layers)),) * len(layers)
+
+    def llm_removed(self, tokens: int, alive_tokens: int) -> tuple[int, ...]:
+        """Tokens each merging decoder layer removes from a picture or video: R_t.
+
+        Args:
+            tokens: its visual tokens before any merge.
+            alive_tokens: those the encoder left.
+        """
+        s, layers = self.settings, self.llm_layers
+        if not layers or not alive_tokens:
+            return (0,) * len(layers)
+        if s.budget == "keep ratio":
+            return _by_ratio(alive_tokens, s.llm_keep_ratio, len(layers))
+        if s.budget == "tokens removed":
+            per_layer = s.llm_tokens_removed or 0
+        else:
+            left = (self.reduction or 0) * tokens - (tokens - alive_tokens)
+            per_layer = max(0, round(left / len(layers)))
+        return (min(per_layer, (alive_tokens - 1) // len(layers)),) * len(layers)
+
+    def segment(self, frames: int, frame_tokens: int) -> SegmentSchedule:
+        """Layer by layer for one picture (`frames=1`) or video."""
+        tokens = alive = frames * frame_tokens
+        vit, llm = [], []
+        for layer, removed in zip(self.vit_layers, self.vit_removed(frame_tokens), strict=True):
+            vit.append((layer, alive, alive := alive - frames * removed))
+        for layer, removed in zip(self.llm_layers, self.llm_removed(tokens, alive), strict=True):
+            llm.append((layer, alive, alive := alive - removed))
+        return SegmentSchedule(frames, tokens, tuple(vit), tuple(llm))
+
+    def schedule(self, grids: Iterable[Sequence[int]]) -> list[SegmentSchedule]:
+        """Layer by layer for pictures and videos of given sizes.
+
+        Args:
+            grids: `(frames, height, width)` each, in patches, as a processor's `image_grid_thw`.
+
+        Raises:
+            PlanError: a grid that is not made of whole merge units.
+        """
+        result = []
+        for frames, height, width in ((int(t), int(h), int(w)) for t, h, w in grids):
+            if height % self.merge_size or width % self.merge_size or min(frames, height, width) < 1:
+                raise PlanError(
+                    f"grid {(frames, height, width)} is not made of whole merge units of "
+                    f"{self.merge_size} x {self.merge_size} patches; give (frames, height, width) in "
+                    "patches, as in the processor's image_grid_thw"
+                )
+            result.append(self.segment(frames, height * width // self.merge_size**2))
+        return result
+
+    def __str__(self) -> str:
+        s = self.settings
+        budget = {
+            "reduction": f"reduction {(self.reduction or 0):.1%}, encoder share {s.encoder_share:.0%}",
+            "keep ratio": f"keep ratio {s.vit_keep_ratio} in the encoder, {s.llm_keep_ratio} in the LLM",
+            "tokens removed": f"{s.vit_tokens_removed} tokens removed per encoder layer, "
+            f"{s.llm_tokens_removed} per LLM layer",
+        }[s.budget]
+        return (
+            f"encoder blocks {list(self.vit_layers)} of {self.vit_depth}, decoder layers "
+            f"{list(self.llm_layers)} of {self.llm_depth}; {budget}; {s.merge}, score {s.score}"
+        )
+
+
+def resolve(
+    plan: Plan,
+    *,
+    vit_default: tuple[int, ...],
+    llm_default: tuple[int, ...],
+    vit_depth: int,
+    llm_depth: int,
+    merge_size: int,
+) -> ModelPlan:
+    """Settle a plan's layers for one model.
+
+    Raises:
+        PlanError: layers out of the model's range, or layers whose budget is not said.
+    """
+    settled = []
+    for stage, layers, default, depth in (
+        ("vit", plan.vit_layers, vit_default, vit_depth),
+        ("llm", plan.llm_layers, llm_default, llm_depth),
+    ):
+        key = {"keep ratio": f"{stage}_keep_ratio", "tokens removed": f"{stage}_tokens_removed"}.get(plan.budget)
+        if key is not None and getattr(plan, key) is None:
+            if layers:
+                raise PlanError(
+                    f"{stage}_layers={layers} merge, but {key} does not say how much; give {key}, or "
+                    f"{stage}_layers=() to leave that stage alone"
+                )
+            layers = ()
+        layers = default if layers is None else layers
+        beyond = [layer for layer in layers if layer >= depth]
+        if beyond:
+            raise PlanError(
+                f"{stage}_layers={layers}: this model has {depth} {stage} layers, counted from 0, so "
+                f"{beyond} are out of range; choose layers up to {depth - 1}"
+            )
+        settled.append(tuple(sorted(layers)))
+    return ModelPlan(plan, settled[0], settled[1], vit_depth, llm_depth, merge_size)
+
+
+def scale_layers(layers: Sequence[int], of_depth: int, depth: int) -> tuple[int, ...]:
+    """The same relative places in a model of another depth, e.g. the paper's 2, 8, 14 of 28."""
+    return tuple(sorted({min(depth - 1, round(layer * depth / of_depth)) for layer in layers}))
+
+
+def _by_ratio(tokens: int, keep_ratio: float | None, layers: int) -> tuple[int, ...]:
+    removed = []
+    for _ in range(layers):
+        kept = max(1, round((1.0 if keep_ratio is None else keep_ratio) * tokens))
+        removed.append(tokens - kept)
+        tokens = kept
+    return tuple(removed)
+
+
+def _layer_tuple(name: str, layers: Any) -> tuple[int, ...] | None:
+    if layers is None:
+        return None
+    if isinstance(layers, int):
+        raise PlanError(f"{name}={layers} is a single number; give a tuple, {name}=({layers},)")
+    layers = tuple(layers)
+    wrong = [x for x in layers if not isinstance(x, int) or isinstance(x, bool) or x < 0]
+    if wrong:
+        raise PlanError(f"{name}={layers}: {wrong} are not layer numbers; layers count from 0 upwards")
+    if len(set(layers)) < len(layers):
+        raise PlanError(f"{name}={layers} names a layer twice; each layer merges once")
+    return layers
+
+
+def _check_range(
+    name: str,
+    value: float | None,
+    low: float,
+    high: float,
+    *,
+    lower_open: bool = False,
+    upper_open: bool = False,
+    hint: str = "",
+) -> None:
+    if value is None:
+        return
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    too_low = not number or value < low or (lower_open and value == low) or value != value
+    too_high = not number or value > high or (upper_open and value == high)
+    if too_low or too_high:
+        interval = f"{'(' if lower_open else '['}{low}, {high}{')' if upper_open else ']'}"
+        raise PlanError(f"{name}={value!r} is outside {interval}{'; ' + hint if hint else ''}")
+
+
+def _check_count(name: str, value: Any, *, minimum: int) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise PlanError(f"{name}={value!r} is not a whole number of at least {minimum}")
+
+
+PLAN_FIELDS = frozenset(f.name for f in fields(Plan))

@@ -1,0 +1,183 @@
+"""What the last call did, in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from illava.flops import Flops, count_flops
+from illava.plan import ModelPlan, SegmentSchedule
+
+if TYPE_CHECKING:
+    from illava.families.seams import Seams
+    from illava.language import LanguageCall
+    from illava.vision import VisionCall
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """Visual tokens of one picture before and after one merging layer.
+
+    Attributes:
+        stage: `"vit"` or `"llm"`.
+        layer: counted from 0.
+        tokens_in, tokens_out: visual tokens (one merge unit of the encoder is one visual token).
+    """
+
+    stage: str
+    layer: int
+    tokens_in: int
+    tokens_out: int
+
+    @property
+    def tokens_removed(self) -> int:
+        return self.tokens_in - self.tokens_out
+
+
+@dataclass(frozen=True)
+class PictureRecord:
+    """What happened to one picture or video of one batch row.
+
+    Attributes:
+        kind: `"image"` or `"video"`.
+        row: batch row, beams counted as rows.
+        grid: `(frames, height, width)` in patches, or `None` if the features came from the caller.
+        tokens: visual tokens before any merge.
+        layers: every merging layer in order. Encoder layers are missing where `grid` is.
+        asked_reduction: the share the plan asks for, or `None` for a plan by ratio or count.
+    """
+
+    kind: str
+    row: int
+    grid: tuple[int, int, int] | None
+    tokens: int
+    layers: tuple[LayerRecord, ...]
+    asked_reduction: float | None
+
+    @property
+    def final_tokens(self) -> int:
+        """Visual tokens after the last merge."""
+        return self.layers[-1].tokens_out if self.layers else self.tokens
+
+    @property
+    def reduction(self) -> float:
+        """Share of the visual tokens gone after the last merge."""
+        return 1 - self.final_tokens / self.tokens
+
+    @property
+    def note(self) -> str:
+        """Says so where the picture is too small for what the plan asks."""
+        if self.asked_reduction is None:
+            return ""
+        slack = max(1, len(self.layers)) / 2 + 1  # equal whole numbers per layer reach no further
+        if (self.asked_reduction - self.reduction) * self.tokens > slack or (
+            self.asked_reduction and self.final_tokens == self.tokens
+        ):
+            return "too small for the plan: merged less"
+        return ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the last call that brought pictures did.
+
+    Attributes:
+        pictures: one record per picture and batch row.
+        flops: operations of that prefill, without merging and with it.
+        backend: the kernel that gave the encoder's attention statistics, `None` without an encoder
+            call.
+    """
+
+    pictures: tuple[PictureRecord, ...]
+    flops: Flops
+    backend: str | None
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens before any merge, all pictures together."""
+        return sum(p.tokens for p in self.pictures)
+
+    @property
+    def final_tokens(self) -> int:
+        """Visual tokens after the last merge, all pictures together."""
+        return sum(p.final_tokens for p in self.pictures)
+
+    @property
+    def reduction(self) -> float:
+        """Share of all visual tokens gone after the last merge."""
+        return 1 - self.final_tokens / self.tokens if self.tokens else 0.0
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=f"illava: {self.tokens} visual tokens to {self.final_tokens} ({self.reduction:.1%} gone)")
+        for column in ("row", "picture", "grid", "tokens"):
+            table.add_column(column, justify="left" if column == "picture" else "right")
+        layers = sorted({(r.stage != "vit", r.layer, r.stage) for p in self.pictures for r in p.layers})
+        for _, layer, stage in layers:
+            table.add_column(f"{stage} {layer}", justify="right")
+        for name in ("gone", "note"):
+            table.add_column(name, justify="right" if name == "gone" else "left")
+        for p in self.pictures:
+            out = {(r.stage, r.layer): r.tokens_out for r in p.layers}
+            cells = [str(out.get((stage, layer), "")) for _, layer, stage in layers]
+            grid = "x".join(map(str, p.grid)) if p.grid else "?"
+            table.add_row(str(p.row), p.kind, grid, str(p.tokens), *cells, f"{p.reduction:.1%}", p.note)
+        console = Console(width=140, color_system=None)
+        with console.capture() as capture:
+            console.print(table)
+        v, t = self.flops.vision, self.flops.language
+        return (
+            capture.get()
+            + f"TFLOPs of the prefill: vision {v.without / 1e12:.4g} -> {v.with_ / 1e12:.4g}, language "
+            + f"{t.without / 1e12:.4g} -> {t.with_ / 1e12:.4g}; speed-up at most {self.flops.speedup_bound:.2f}x"
+        )
+
+
+def build_report(
+    plan: ModelPlan,
+    seams: Seams,
+    call: LanguageCall,
+    encoded: Iterable[VisionCall] | None,
+    rows: int,
+) -> Report:
+    """Put a language model call and the encoder calls before it together.
+
+    Args:
+        plan, seams: of the patched model.
+        call: the language model call that brought pictures.
+        encoded: encoder calls since the last report; features handed in by the caller have none.
+        rows: batch rows.
+    """
+    calls = list(encoded or ())
+    known: dict[int, tuple[tuple[int, int, int], SegmentSchedule]] = {}
+    schedules = [s for c in calls for s in c.schedules]
+    for vision in calls:
+        for grid, schedule in zip(vision.grids, vision.schedules, strict=True):
+            known.setdefault(schedule.tokens, (grid, schedule))
+
+    visual = call.visual
+    if visual is None:
+        raise ValueError("a report needs a call that brought pictures")
+    pictures: list[PictureRecord] = []
+    by_row: list[list[SegmentSchedule]] = [[] for _ in range(rows)]
+    for number, (kind, tokens) in enumerate(zip(visual.kinds, visual.tokens, strict=True)):
+        row, alive = call.segment_rows[number], call.counts[0][number]
+        grid, schedule = known.get(tokens, (None, None))
+        if schedule is not None and schedule.encoder_tokens != alive:
+            grid, schedule = None, None  # same size, but not encoded under this plan
+        vit = schedule.vit if schedule is not None else ()
+        llm, left = [], alive
+        for layer, removed in call.removed.items():
+            llm.append((layer, left, left := left - removed[number]))
+        frames = schedule.frames if schedule is not None else 1
+        done = SegmentSchedule(frames, tokens, vit or ((-1, tokens, alive),), tuple(llm))
+        by_row[row].append(done)
+        records = [LayerRecord("vit", *entry) for entry in vit] + [LayerRecord("llm", *entry) for entry in llm]
+        pictures.append(PictureRecord(kind, row, grid, tokens, tuple(records), plan.reduction))
+    texts = [call.length - sum(s.tokens for s in row) for row in by_row]
+    flops = count_flops(plan, seams, schedules, list(zip(texts, by_row, strict=True)))
+    backend = next((c.backend for c in calls if c.backend), None)
+    return Report(tuple(pictures), flops, backend)

@@ -1,0 +1,238 @@
+"""What survives where: positions, masks and a cache whose layers hold different lengths.
+
+A *slot* is a place in a layer's shortened sequence. Every slot carries the caller's position it
+stands for (counted from the start of the sequence, cache included), -1 for padding; masks, queries
+that count, and cropping all follow from these positions. They live in the cache layer itself, so
+that beams, turns, copies and threads never mix.
+
+Notation for tensor shapes: B rows, L tokens of the caller, n slots of a stage, K keys in a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from illava.errors import CacheError
+from illava.merge import compact
+
+
+class MergedLayer(DynamicLayer):
+    """A cache layer that holds fewer keys than the caller has tokens.
+
+    To Hugging Face code it speaks of the caller's length; `positions` says what it really holds.
+
+    Attributes:
+        positions: `[B, K]` the caller's position of each key, -1 for padding; `None` while empty.
+        seen: tokens of the caller that went through, cache length as the caller knows it.
+        ragged: whether any key is padding.
+        history: which merges shaped it; layers of equal history hold equal positions.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.positions: Tensor | None = None
+        self.seen = 0
+        self.ragged = False
+        self.history: tuple[tuple[int, int], ...] = ()
+        self._expected: tuple[Tensor, int, bool, tuple[int, int] | None] | None = None
+
+    def expect(
+        self, positions: Tensor, new_tokens: int, ragged: bool, mark: tuple[int, int] | None
+    ) -> None:
+        """Announce what the next `update` brings: `[B, n]` positions for `new_tokens` of the caller."""
+        self._expected = (positions, new_tokens, ragged, mark)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self._expected is None:
+            raise CacheError(
+                f"this cache holds {self.seen} tokens of which some were merged away by a patched "
+                "model; an unpatched model cannot continue it. Patch the model again, or start with a "
+                "new cache"
+            )
+        positions, new_tokens, ragged, mark = self._expected
+        self._expected = None
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        positions = positions.to(keys.device)
+        self.positions = positions if self.positions is None else torch.cat([self.positions, positions], dim=1)
+        self.seen += new_tokens
+        self.ragged |= ragged
+        self.history += () if mark is None else (mark,)
+        return keys, values
+
+    def get_seq_length(self, *args: Any) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query: Any) -> tuple[int, int]:
+        length = query if isinstance(query, int) else query.shape[0]
+        return self.seen + length, 0
+
+    def crop(self, tokens: int) -> None:
+        """Forget the caller's last tokens: `-tokens` of them, or (4.57) all after the first `tokens`."""
+        target = self.seen + tokens if tokens < 0 else tokens
+        if self.positions is None or target >= self.seen or tokens == 0:
+            return
+        keep = (self.positions >= 0) & (self.positions < target)
+        length = int(keep.sum(dim=1).max())
+        index = compact(keep, length)  # [B, length]
+        self.keys = take_rows(self.keys, index[:, None].expand(-1, self.keys.shape[1], -1))
+        self.values = take_rows(self.values, index[:, None].expand(-1, self.values.shape[1], -1))
+        self.positions = self.positions.masked_fill(~keep, -1).gather(1, index)
+        self.seen = target
+        self.ragged = bool((self.positions < 0).any())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._rows(lambda p: p.index_select(0, beam_idx.to(p.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._rows(lambda p: p.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._rows(lambda p: p[indices.to(p.device), ...])
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.positions, self.seen, self.ragged, self.history = None, 0, False, ()
+
+    def _rows(self, change: Any) -> None:
+        if self.positions is not None:
+            self.positions = change(self.positions)
+
+
+def is_merged(cache: Any) -> bool:
+    """Whether a patched model has filled this cache with merged sequences."""
+    return isinstance(cache, Cache) and any(isinstance(layer, MergedLayer) for layer in cache.layers)
+
+
+def check_cache(cache: Any) -> None:
+    """Refuse a cache whose layers cannot hold different lengths.
+
+    Raises:
+        CacheError: a static, sliding-window or quantised cache, or a tuple of tensors.
+    """
+    if cache is None:
+        return
+    kinds = {type(layer) for layer in cache.layers} if isinstance(cache, Cache) else set()
+    if not isinstance(cache, DynamicCache) or not kinds <= {DynamicLayer, MergedLayer}:
+        layers = ", ".join(sorted(kind.__name__ for kind in kinds)) or type(cache).__name__
+        raise CacheError(
+            f"{type(cache).__name__} ({layers}) cannot hold layers of different lengths, which merging "
+            "in the language model needs; use the default DynamicCache (leave out "
+            "cache_implementation and past_key_values), or patch with llm_layers=() and vit_layers=()"
+        )
+
+
+def cache_layer(cache: Any, layer: int, batch: int, device: torch.device) -> MergedLayer:
+    """The cache's layer, turned into a `MergedLayer` in place if it is not one yet."""
+    while len(cache.layers) <= layer:
+        cache.layers.append(DynamicLayer())
+    current = cache.layers[layer]
+    if isinstance(current, MergedLayer):
+        return current
+    merged = MergedLayer()
+    merged.seen = current.get_seq_length()
+    if merged.seen:
+        merged.keys, merged.values = current.keys, current.values
+        merged.dtype, merged.device, merged.is_initialized = current.dtype, current.device, True
+        merged.positions = torch.arange(merged.seen, device=device).expand(batch, -1)
+    cache.layers[layer] = merged
+    return merged
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Gather along the second last dimension.
+
+    Args:
+        x: `[..., L, D]`.
+        index: `[..., n]`; leading dimensions must match `x` or broadcast from the right.
+
+    Returns:
+        `[..., n, D]`.
+    """
+    index = index.to(x.device).expand(*x.shape[:-2], index.shape[-1])
+    return x.gather(-2, index[..., None].expand(*index.shape, x.shape[-1]))
+
+
+def valid_positions(positions: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """Positions with the caller's own padding marked -1 as well; both `[B, K]`."""
+    if padding_mask is None:
+        return positions
+    real = padding_mask.to(positions.device).bool().gather(1, positions.clamp(min=0))
+    return positions.masked_fill(~real, -1)
+
+
+def attention_mask(
+    implementation: str,
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    unpadded: bool,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """The mask one layer needs, in the form its attention implementation takes.
+
+    Args:
+        implementation: `"sdpa"`, `"eager"` or a flash attention.
+        queries: `[B, n]` positions of the queries, the last `n` of the keys.
+        keys: `[B, K]` positions of the keys, -1 where nobody may look.
+        unpadded: no position is -1.
+        dtype: of the hidden states.
+
+    Returns:
+        `[B, 1, n, K]` bool (SDPA) or additive (eager), `[B, K]` bool (flash), or `None` where the
+        implementation's own causal masking is right.
+    """
+    length, total = queries.shape[1], keys.shape[1]
+    if implementation.startswith("flash"):
+        return None if unpadded else keys >= 0
+    if unpadded and (length == 1 or (length == total and implementation == "sdpa")):
+        return None
+    visible = (keys[:, None] >= 0) & (keys[:, None] <= queries[:, :, None])  # [B, n, K]
+    # A padded query sees nothing; it looks at itself, so that no softmax is taken over nothing.
+    itself = torch.eye(length, dtype=torch.bool, device=keys.device)
+    itself = torch.nn.functional.pad(itself, (total - length, 0))  # [n, K]
+    visible = (visible | (itself & ~visible.any(dim=-1, keepdim=True)))[:, None]
+    if implementation == "sdpa":
+        return visible
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+def expand_rows(x: Tensor, columns: Tensor, length: int) -> Tensor:
+    """Put a shortened sequence back at the caller's length; tokens merged away are zero.
+
+    Args:
+        x: `[B, n, D]`.
+        columns: `[B, n]` the column each slot stands for, negative for padding.
+        length: `L`.
+
+    Returns:
+        `[B, L, D]`.
+    """
+    columns = columns.to(x.device)
+    place = columns.masked_fill(columns < 0, length)  # padding goes to a row that is cut off
+    full = x.new_zeros((x.shape[0], length + 1, x.shape[2]))
+    return full.scatter(1, place[..., None].expand_as(x), x)[:, :length]
+
+
+def later_text(segment: Tensor, real: Tensor, segments: int) -> Sequence[bool]:
+    """For each segment, whether a text token of its row comes after it.
+
+    Args:
+        segment: `[B, L]` on the CPU, -1 for text.
+        real: `[B, L]` bool on the CPU, not padding.
+        segments: how many there are.
+    """
+    columns = torch.arange(segment.shape[1])
+    last_text = torch.where((segment < 0) & real, columns, -1).max(dim=1).values  # [B]
+    rows, places = (segment >= 0).nonzero(as_tuple=True)
+    last_own = torch.full((segments,), -1).scatter_reduce(0, segment[rows, places], places, "amax")
+    row_of = torch.zeros(segments, dtype=torch.long).scatter(0, segment[rows, places], rows)
+    return (last_text[row_of] > last_own).tolist()
