@@ -26,16 +26,16 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from illava.families import supported_models
-    from illava.patch import Handle, patch, unpatch
+    from illava.patching import Handle, patch, unpatch
     from illava.plan import ModelPlan, Plan
     from illava.report import Report
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "patch": "illava.patch",
-    "unpatch": "illava.patch",
-    "Handle": "illava.patch",
+    "patch": "illava.patching",
+    "unpatch": "illava.patching",
+    "Handle": "illava.patching",
     "supported_models": "illava.families",
     "Plan": "illava.plan",
     "ModelPlan": "illava.plan",

@@ -270,7 +270,11 @@ def refuse_unserved(
         UnsupportedInputError: a mask that is not 2-D, packed sequences, gradient checkpointing.
     """
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
-        shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        shape = (
+            tuple(attention_mask.shape)
+            if isinstance(attention_mask, Tensor)
+            else type(attention_mask).__name__
+        )
         raise UnsupportedInputError(
             f"attention_mask of {shape}: a ready-made mask of the caller's length fits no layer after a "
             "merge; pass the tokenizer's 2-D mask of 0 and 1, from which illava makes each layer's own"

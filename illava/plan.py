@@ -295,7 +295,9 @@ def resolve(
         ("vit", plan.vit_layers, vit_default, vit_depth),
         ("llm", plan.llm_layers, llm_default, llm_depth),
     ):
-        key = {"keep ratio": f"{stage}_keep_ratio", "tokens removed": f"{stage}_tokens_removed"}.get(plan.budget)
+        key = {"keep ratio": f"{stage}_keep_ratio", "tokens removed": f"{stage}_tokens_removed"}.get(
+            plan.budget
+        )
         if key is not None and getattr(plan, key) is None:
             if layers:
                 raise PlanError(

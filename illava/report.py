@@ -112,7 +112,9 @@ class Report:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title=f"illava: {self.tokens} visual tokens to {self.final_tokens} ({self.reduction:.1%} gone)")
+        table = Table(
+            title=f"illava: {self.tokens} visual tokens to {self.final_tokens} ({self.reduction:.1%} gone)"
+        )
         for column in ("row", "picture", "grid", "tokens"):
             table.add_column(column, justify="left" if column == "picture" else "right")
         layers = sorted({(r.stage != "vit", r.layer, r.stage) for p in self.pictures for r in p.layers})
@@ -175,7 +177,9 @@ def build_report(
         frames = schedule.frames if schedule is not None else 1
         done = SegmentSchedule(frames, tokens, vit or ((-1, tokens, alive),), tuple(llm))
         by_row[row].append(done)
-        records = [LayerRecord("vit", *entry) for entry in vit] + [LayerRecord("llm", *entry) for entry in llm]
+        records = [LayerRecord("vit", *entry) for entry in vit] + [
+            LayerRecord("llm", *entry) for entry in llm
+        ]
         pictures.append(PictureRecord(kind, row, grid, tokens, tuple(records), plan.reduction))
     texts = [call.length - sum(s.tokens for s in row) for row in by_row]
     flops = count_flops(plan, seams, schedules, list(zip(texts, by_row, strict=True)))

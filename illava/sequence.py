@@ -41,13 +41,13 @@ class MergedLayer(DynamicLayer):
         self.history: tuple[tuple[int, int], ...] = ()
         self._expected: tuple[Tensor, int, bool, tuple[int, int] | None] | None = None
 
-    def expect(
-        self, positions: Tensor, new_tokens: int, ragged: bool, mark: tuple[int, int] | None
-    ) -> None:
+    def expect(self, positions: Tensor, new_tokens: int, ragged: bool, mark: tuple[int, int] | None) -> None:
         """Announce what the next `update` brings: `[B, n]` positions for `new_tokens` of the caller."""
         self._expected = (positions, new_tokens, ragged, mark)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if self._expected is None:
             raise CacheError(
                 f"this cache holds {self.seen} tokens of which some were merged away by a patched "
@@ -58,7 +58,9 @@ class MergedLayer(DynamicLayer):
         self._expected = None
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         positions = positions.to(keys.device)
-        self.positions = positions if self.positions is None else torch.cat([self.positions, positions], dim=1)
+        self.positions = (
+            positions if self.positions is None else torch.cat([self.positions, positions], dim=1)
+        )
         self.seen += new_tokens
         self.ragged |= ragged
         self.history += () if mark is None else (mark,)

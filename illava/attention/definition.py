@@ -11,9 +11,7 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def attention_probabilities(
-    q: Tensor, k: Tensor, *, scale: float, visible: Tensor | None = None
-) -> Tensor:
+def attention_probabilities(q: Tensor, k: Tensor, *, scale: float, visible: Tensor | None = None) -> Tensor:
     """Softmax of the scaled scores (paper, eq. 3).
 
     Args:

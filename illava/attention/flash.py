@@ -128,9 +128,7 @@ def _has_varlen() -> bool:
     return hasattr(varlen, "AuxRequest")
 
 
-def _dense_cpu(
-    q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def _dense_cpu(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     mask = None
     if real is not None:
         mask = torch.zeros_like(real, dtype=q.dtype).masked_fill(~real, float("-inf"))

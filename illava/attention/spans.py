@@ -23,9 +23,7 @@ class Spans:
 
     cu_seqlens: Tensor
     lengths: tuple[int, ...]
-    _buckets: list[tuple[Tensor, Tensor | None]] = field(
-        default_factory=list, repr=False, compare=False
-    )
+    _buckets: list[tuple[Tensor, Tensor | None]] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], device: torch.device | str) -> Spans:

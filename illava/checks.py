@@ -1,0 +1,79 @@
+"""Finding the model inside its wrappers, and refusing one that cannot be patched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from illava.errors import AlreadyPatchedError, SeamError, UnsupportedModelError
+from illava.families.seams import Seams
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside `torch.compile`, PEFT and DataParallel wrappers."""
+    while isinstance(model, nn.Module):
+        if "_orig_mod" in model._modules:
+            model = model._orig_mod
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+            model = model.get_base_model()
+        else:
+            return model
+    raise UnsupportedModelError(
+        f"{type(model).__name__} is not a model; pass the Hugging Face model itself, not its name or path"
+    )
+
+
+def is_compiled(model: nn.Module) -> bool:
+    return any(
+        "_orig_mod" in m._modules
+        or getattr(m, "_compiled_call_impl", None) is not None
+        or hasattr(m.__dict__.get("forward"), "_torchdynamo_orig_callable")
+        for m in model.modules()
+    )
+
+
+def check_untouched(seams: Seams) -> None:
+    """Another tool's `forward` at a place illava needs would be fed what it does not expect."""
+    places = [("vision encoder", seams.tower), ("language model", seams.language_model)]
+    places += [(f"encoder block {i}", b) for i, b in enumerate(seams.blocks)]
+    places += [(f"decoder layer {i}", b) for i, b in enumerate(seams.layers)]
+    places += [
+        (f"attention of encoder block {i}", getattr(b, seams.block_attention))
+        for i, b in enumerate(seams.blocks)
+    ]
+    places += [
+        (f"attention of decoder layer {i}", getattr(b, seams.layer_attention))
+        for i, b in enumerate(seams.layers)
+    ]
+    for place, module in places:
+        own = module.__dict__.get("forward")
+        by_accelerate = hasattr(module, "_hf_hook")
+        by_compile = hasattr(own, "_torchdynamo_orig_callable")
+        home = getattr(type(module).forward, "__module__", "")
+        foreign_class = not home.startswith("transformers.") and home != type(module).__module__
+        if (own is not None and not by_accelerate and not by_compile) or foreign_class:
+            source = getattr(own, "__module__", None) or home
+            raise AlreadyPatchedError(
+                f"the {place} ({type(module).__name__}) runs code of {source!r} in place of its own; two tools "
+                "cannot shorten the same tokens. Undo the other one, or load the model afresh"
+            )
+
+
+def check_attention(seams: Seams) -> None:
+    """Which attention implementations merging can serve."""
+    for name, module in (("vision encoder", seams.tower), ("language model", seams.language_model)):
+        implementation = module.config._attn_implementation
+        if implementation not in ("eager", "sdpa") and not implementation.startswith("flash_attention"):
+            raise SeamError(
+                f"the {name} attends with {implementation!r}, whose masks illava cannot shorten; load the model "
+                "with attn_implementation='sdpa', 'eager' or 'flash_attention_2'"
+            )
+    kinds = set(getattr(seams.language_model.config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds:
+        raise SeamError(
+            f"the language model has {', '.join(sorted(kinds))} layers, whose caches cannot hold merged "
+            "sequences; set use_sliding_window=False in its config"
+        )

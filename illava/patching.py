@@ -1,0 +1,201 @@
+"""The only file that changes a model: hooks in, hooks out.
+
+Compact inside, full at the seams. Hooks shorten what flows between a model's own modules and put it
+back at the caller's length where Hugging Face code expects that; no `forward` is replaced. What is
+known about a call lives in context variables (one call per thread and task), what is known about a
+sequence lives in its cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from illava import checks, families
+from illava.errors import AlreadyPatchedError
+from illava.families.seams import Seams
+from illava.hooks import ATTENTION_NAME, ConfigView, Hooks, attention
+from illava.plan import ModelPlan, Plan, resolve
+from illava.report import Report
+
+# Where a patched model keeps its handle; gone again after removal.
+HANDLE_ATTRIBUTE = "_illava_handle"
+
+
+def patch(model: nn.Module, *, plan: Plan | None = None, **settings: Any) -> Handle:
+    """Make a vision-language model merge redundant visual tokens, from the next call on.
+
+    Only this instance is touched; text-only calls and later decoding run as before. Patching a
+    patched model replaces its plan.
+
+    Args:
+        model: a Hugging Face `...ForConditionalGeneration` or bare `...Model` of a supported family,
+            also wrapped by PEFT, `torch.compile` or (Distributed)DataParallel.
+        plan: a ready-made `illava.Plan`, for example `illava.Plan.paper(0.778)`.
+        **settings: the fields of `illava.Plan`, instead of `plan`: `vit_layers`, `llm_layers`,
+            `reduction` (2/3), `encoder_share` (0.4), `recycled` (0.05), `members` (5), `score`,
+            `merge`, `queries`, `window_score`, and the other two budgets `vit_keep_ratio` with
+            `llm_keep_ratio`, `vit_tokens_removed` with `llm_tokens_removed`.
+
+    Returns:
+        A handle with `.plan`, `.report` and `.remove()`, usable in `with`.
+
+    Raises:
+        UnsupportedModelError: not a model of a supported family.
+        PlanError: a plan this model cannot carry out.
+        SeamError: this version of transformers lacks a part illava needs.
+        AlreadyPatchedError: another tool has replaced code at one of those parts.
+        TypeError: a setting that does not exist, or both `plan` and settings.
+    """
+    if plan is not None and settings:
+        raise TypeError(f"give plan= or single settings, not both (got plan and {', '.join(settings)})")
+    plan = Plan(**settings) if plan is None else plan
+    core = checks.unwrap(model)
+    family = families.family_of(
+        getattr(getattr(core, "config", None), "model_type", None), type(core).__name__
+    )
+    seams = family.find_seams(core)
+    resolved = resolve(
+        plan,
+        vit_default=seams.vit_default,
+        llm_default=seams.llm_default,
+        vit_depth=len(seams.blocks),
+        llm_depth=len(seams.layers),
+        merge_size=seams.merge_size,
+    )
+    previous = getattr(seams.model, HANDLE_ATTRIBUTE, None)
+    checks.check_untouched(seams)
+    checks.check_attention(seams)
+    if previous is not None:
+        previous.remove()
+    handle = Handle(resolved, seams, family)
+    if checks.is_compiled(model) or checks.is_compiled(core):
+        torch.compiler.reset()  # code compiled before the hooks were there would not call them
+    return handle
+
+
+def unpatch(model: nn.Module) -> None:
+    """Remove illava from a model; nothing happens if it is not patched."""
+    core = checks.unwrap(model)
+    for module in (core, getattr(core, "model", None)):
+        handle = getattr(module, HANDLE_ATTRIBUTE, None)
+        if handle is not None:
+            handle.remove()
+
+
+class Handle:
+    """A patched model's plan, report and way back.
+
+    Attributes:
+        plan: the plan with its layers settled; `plan.schedule(grids)` tells what it does to pictures
+            of given sizes, layer by layer.
+    """
+
+    def __init__(self, plan: ModelPlan, seams: Seams, family: Any) -> None:
+        self.plan = plan
+        self._seams = seams
+        self._hooks = Hooks(plan, seams, family)
+        self._undo: list[Callable[[], None]] = []
+        setattr(seams.model, HANDLE_ATTRIBUTE, self)
+        try:
+            self._install()
+        except BaseException:
+            self.remove()
+            raise
+
+    @property
+    def report(self) -> Report | None:
+        """What the last call that brought pictures did; `None` before the first."""
+        return self._hooks.last
+
+    @property
+    def active(self) -> bool:
+        """Whether the model is patched by this handle."""
+        return getattr(self._seams.model, HANDLE_ATTRIBUTE, None) is self
+
+    def remove(self) -> None:
+        """Leave the model exactly as it was. May be called again."""
+        while self._undo:
+            self._undo.pop()()
+        if self.active:
+            delattr(self._seams.model, HANDLE_ATTRIBUTE)
+            if checks.is_compiled(self._seams.model):
+                torch.compiler.reset()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"<illava.Handle {'on' if self.active else 'removed from'} {type(self._seams.model).__name__}: {self.plan}>"
+
+    def __deepcopy__(self, memo: Any) -> Handle:
+        raise AlreadyPatchedError(
+            "a patched model cannot be copied, since its hooks would go on working for the original; "
+            "call handle.remove(), copy, and patch both"
+        )
+
+    # Hooks in -----------------------------------------------------------------------------------
+
+    def _install(self) -> None:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        if self.plan.removes_nothing:
+            return
+        seams, hooks = self._seams, self._hooks
+        ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attention)
+        self._before(seams.tower, hooks.enter_tower)
+        self._after(seams.tower, hooks.leave_tower, always=True)
+        if self.plan.vit_layers:
+            self._after(seams.projector, hooks.leave_projector)
+            for number in range(self.plan.vit_layers[0], len(seams.blocks)):
+                self._hook_block(number)
+        self._before(seams.model, hooks.enter_model)
+        self._after(seams.model, hooks.leave_model, always=True)
+        self._before(seams.language_model, hooks.enter_language)
+        self._after(seams.language_model, hooks.leave_language, always=True)
+        for number in range(len(seams.layers)):
+            self._hook_layer(number)
+
+    def _hook_block(self, number: int) -> None:
+        seams, hooks, block = self._seams, self._hooks, self._seams.blocks[number]
+        self._before(block, lambda m, a, k: hooks.enter_block(number, a, k))
+        if number not in self.plan.vit_layers:
+            return
+        attends = getattr(block, seams.block_attention)
+        self._view_config(attends, lambda: hooks.block_attends(number))
+        self._before(attends, lambda m, a, k: hooks.enter_block_attention(number, a, k))
+        self._after(attends, lambda m, a, k, out: hooks.leave_block_attention())
+        self._before(getattr(block, seams.block_norm), lambda m, a, k: hooks.merge_block(number, a, k))
+        self._after(getattr(block, seams.block_ffn), lambda m, a, k, out: hooks.leave_ffn(number, out))
+        self._after(block, lambda m, a, k, out: hooks.leave_block(number, out))
+
+    def _hook_layer(self, number: int) -> None:
+        hooks, layer = self._hooks, self._seams.layers[number]
+        self._before(layer, lambda m, a, k: hooks.enter_layer(number, a, k))
+        if number not in self.plan.llm_layers:
+            return
+        self._view_config(getattr(layer, self._seams.layer_attention), lambda: hooks.layer_attends(number))
+        self._after(layer, lambda m, a, k, out: hooks.merge_layer(number, out))
+
+    def _before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def _after(self, module: nn.Module, hook: Callable[..., Any], *, always: bool = False) -> None:
+        # First in line, so that hooks which record hidden states see what the next layer will see.
+        handle = module.register_forward_hook(hook, with_kwargs=True, always_call=always, prepend=True)
+        self._undo.append(handle.remove)
+
+    def _view_config(self, module: nn.Module, merging: Callable[[], bool]) -> None:
+        config: Any = module.config
+        module.config = ConfigView(config, merging, self._hooks)  # type: ignore[assignment]
+
+        def restore() -> None:
+            module.config = config
+
+        self._undo.append(restore)

@@ -1,0 +1,423 @@
+"""Visual token merging in Qwen2-VL and Qwen2.5-VL, written plainly, for tests to compare against.
+
+One sequence, no padding, no cache. Every attention is a full matrix, every choice a Python loop, and nothing
+is shared with the package under test. The Hugging Face model lends its weights, its norms and its feed-forward
+modules; the flow between them is spelt out here. Give it an unpatched model: hooks would run too.
+
+Sizes in the shape comments: S tokens or patches alive now, H heads, d head size, D hidden size, g patches of a unit.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Options:
+    """How to choose and how to merge; these are the keyword options of `forward` and `generate`."""
+
+    recycled: float = 0.05  # share of the kept units that absorb others
+    members: int = 5  # units in a recycled unit's group, itself included
+    score: str = "attention"  # or "lse"
+    merge: str = "recycle"  # or "prune", "linear"
+    queries: str = "text"  # LLM: or "all", "visual", "last"
+    window_score: str = "window"  # encoder: or "picture"
+
+
+@dataclass
+class Merge:
+    """What one merge did to one segment; a segment from which nothing is removed leaves no entry.
+
+    `kept` and `recycled` number the segment's original units: the frame's units in window order in the encoder,
+    the picture's units in raster order in the LLM. `recycled` is empty for merge="prune" and, for merge="linear",
+    holds the one unit that carries the sum. `segment` counts from 0 within one encoder call, or over the prompt.
+    """
+
+    stage: str  # "vit" or "llm"
+    layer: int
+    segment: int
+    kept: list[int]
+    recycled: list[int]
+    features: torch.Tensor  # [len(kept) * g, D] of the encoder, [len(kept), D] of the LLM
+    source: str  # "image" or "video": which of the two encoder calls, or what the LLM segment shows
+
+
+@dataclass
+class Result:
+    """What `forward` returns."""
+
+    logits: torch.Tensor  # [L, vocab]; a position merged away has a zero final hidden state
+    merges: list[
+        Merge
+    ]  # images' blocks, then videos' blocks, then decoder layers; segments ascending in each
+    alive: list[
+        list[bool]
+    ]  # alive[l][position]: is it an input of decoder layer l; alive[-1]: after the last layer
+    features: (
+        torch.Tensor
+    )  # [n_units, D] after the merger: images' units, then videos', raster order; dead rows -inf
+
+
+@torch.no_grad()
+def forward(
+    model,
+    input_ids,
+    images,
+    videos,
+    position_ids,
+    vit_removed_images,
+    vit_removed_videos,
+    llm_removed,
+    **options,
+) -> Result:
+    """Run prompt and pictures through the model, merging on the way.
+
+    Args:
+        model: `Qwen2VLForConditionalGeneration` or `Qwen2_5_VLForConditionalGeneration`, fp32.
+        input_ids: `[L]`, with one placeholder for each unit of each picture.
+        images, videos: lists of `(pixel_values [n_patches, dim], (t, h, w))`, in prompt order.
+        position_ids: `[3, L]`, time, height and width.
+        vit_removed_images, vit_removed_videos: encoder block -> units to remove from each frame, frames in
+            encoder order (all of the first picture, then the next).
+        llm_removed: decoder layer -> units to remove from each segment, in order of appearance in the prompt.
+        options: see `Options`.
+    """
+    options = Options(**options)
+    removed = {"image": vit_removed_images, "video": vit_removed_videos}
+    seen, merges = see(model, {"image": images, "video": videos}, removed, options)
+    logits, read_merges, alive = read(
+        model, input_ids, len(input_ids), seen, position_ids, llm_removed, options
+    )
+    features = torch.cat(
+        [picture for source in ("image", "video") for picture in seen[source]] or [torch.empty(0)]
+    )
+    return Result(logits, merges + read_merges, alive, features)
+
+
+@torch.no_grad()
+def generate(
+    model, input_ids, images, videos, position_ids, vit_removed_images, vit_removed_videos, llm_removed, *,
+    new_tokens, **options
+) -> list[int]:  # fmt: skip
+    """Decode exactly `new_tokens` tokens greedily (no stopping token), running the whole sequence anew for each.
+
+    Only prompt positions are ever scored, merged or asked for attention, so the merges are the prompt's own.
+    """
+    options = Options(**options)
+    removed = {"image": vit_removed_images, "video": vit_removed_videos}
+    seen, _ = see(model, {"image": images, "video": videos}, removed, options)
+    prompt_length = len(input_ids)
+    for _ in range(new_tokens):
+        logits, _, _ = read(model, input_ids, prompt_length, seen, position_ids, llm_removed, options)
+        input_ids = torch.cat([input_ids, logits[-1:].argmax(-1)])
+        # a text token stands one after the largest position so far, on all three axes
+        position_ids = torch.cat([position_ids, position_ids.max().repeat(3, 1) + 1], dim=1)
+    return input_ids[prompt_length:].tolist()
+
+
+# ---------------------------------------------------------------- encoder
+
+
+def see(model, pictures, removed, options):
+    """Encode the images in one call and the videos in another: features of each picture, and the merges."""
+    seen, merges = {}, []
+    for source in ("image", "video"):
+        seen[source] = []
+        if pictures[source]:
+            seen[source], new_merges = encode(model, pictures[source], removed[source], source, options)
+            merges += new_merges
+    return seen, merges
+
+
+def encode(model, pictures, removed, source, options):
+    """Encode pictures together: a list of `[units of the picture, D]` with dead rows -inf, and the merges."""
+    visual, config = model.model.visual, model.config.vision_config
+    side = config.spatial_merge_size
+    g = side * side
+    windowed = hasattr(
+        config, "fullatt_block_indexes"
+    )  # Qwen2-VL attends over the whole frame in every block
+
+    # All units of the call in the order in which the blocks hold them. A frame's units stay together, since
+    # windows never cross frames; within a frame they go window by window, raster order inside a window.
+    frame, window, place, raster, row, column = [], [], [], [], [], []
+    n_frames, n_units = 0, 0
+    for _, (t, h, w) in pictures:
+        cells = [(r, c) for r in range(h // side) for c in range(w // side)]
+        reach = config.window_size // side // config.patch_size if windowed else max(h, w)
+        order = sorted(
+            range(len(cells)), key=lambda i: (cells[i][0] // reach, cells[i][1] // reach, cells[i])
+        )
+        for _ in range(t):
+            for number, i in enumerate(order):
+                r, c = cells[i]
+                frame.append(n_frames)
+                window.append((n_frames, r // reach, c // reach))
+                place.append(number)
+                raster.append(n_units + i)
+                row.append(r)
+                column.append(c)
+            n_frames, n_units = n_frames + 1, n_units + len(cells)
+
+    x = visual.patch_embed(
+        torch.cat([pixels for pixels, _ in pictures])
+    )  # [n_units * g, D], raster order of units
+    x = x.reshape(n_units, g, -1)[raster].flatten(0, 1)  # [n_units * g, D], held order
+    angles = encoder_angles(visual, config, row, column)  # [n_units * g, d]
+
+    merges = []
+    units = list(range(n_units))  # the units still alive, in held order; x and angles have g rows for each
+    for layer, block in enumerate(visual.blocks):
+        whole = not windowed or layer in config.fullatt_block_indexes
+        q, k, v = block.attn.qkv(block.norm1(x)).reshape(len(x), 3, config.num_heads, -1).permute(1, 2, 0, 3)
+        q, k = rotate(q, angles), rotate(k, angles)  # [H, S, d]
+        same_frame = same([frame[u] for u in units for _ in range(g)])  # [S, S]
+        same_window = same([window[u] for u in units for _ in range(g)])
+        mixed = attend(q, k, v, same_frame if whole else same_window)
+        x = x + block.attn.proj(mixed)
+        if layer in removed:
+            scored = same_frame if whole or options.window_score == "picture" else same_window
+            importance = importance_of(q, k, scored, scored, options.score)
+            survivors, pieces = [], []
+            for segment in range(n_frames):
+                members = [n for n, u in enumerate(units) if frame[u] == segment]
+                rows = [n * g + slot for n in members for slot in range(g)]
+                if removed[layer][segment] == 0:
+                    survivors, pieces = survivors + members, pieces + [x[rows]]
+                    continue
+                kept, recycled, features = merge_segment(
+                    x[rows], q[:, rows], k[:, rows], importance[rows], removed[layer][segment], g, options
+                )
+                numbers = [place[units[n]] for n in members]
+                merges.append(
+                    Merge(
+                        "vit",
+                        layer,
+                        segment,
+                        [numbers[n] for n in kept],
+                        [numbers[n] for n in recycled],
+                        features,
+                        source,
+                    )  # fmt: skip
+                )
+                survivors, pieces = survivors + [members[n] for n in kept], pieces + [features]
+            x = torch.cat(pieces)
+            angles = angles[[n * g + slot for n in survivors for slot in range(g)]]
+            units = [units[n] for n in survivors]
+        x = x + block.mlp(block.norm2(x))
+
+    merged = visual.merger(x)  # [units alive, D of the LLM]
+    full = merged.new_full((n_units, merged.shape[-1]), float("-inf"))
+    full[[raster[u] for u in units]] = merged
+    return list(full.split([t * h * w // g for _, (t, h, w) in pictures])), merges
+
+
+def encoder_angles(visual, config, row, column):
+    """Rotation angles `[n_units * g, d]`: d/4 of them turn with the row, d/4 with the column, and all that twice."""
+    side = config.spatial_merge_size
+    d = visual.blocks[0].attn.qkv.in_features // config.num_heads
+    theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
+    frequencies = 1.0 / theta ** (torch.arange(0, d // 2, 2).float() / (d // 2))  # [d / 4]
+    patches = [
+        (r * side + i, c * side + j) for r, c in zip(row, column) for i in range(side) for j in range(side)
+    ]
+    angles = (torch.tensor(patches).float()[:, :, None] * frequencies).flatten(
+        1
+    )  # [n_units * g, d / 2], rows first
+    return torch.cat([angles, angles], dim=-1)
+
+
+# ---------------------------------------------------------------- language model
+
+
+def read(model, input_ids, prompt_length, seen, position_ids, removed, options):
+    """Run the language model over prompt and generated tokens: logits `[L, vocab]`, the merges, who is alive where."""
+    language, config = model.model.language_model, model.config.text_config
+    length = len(input_ids)
+
+    # Only placeholders of the prompt are visual: a generated token is text, whatever its id.
+    placeholder = {model.config.image_token_id: "image", model.config.video_token_id: "video"}
+    pictures = {source: iter(seen[source]) for source in seen}
+    x = language.embed_tokens(input_ids)  # [L, D]
+    segment_of = [None] * length  # the segment of a visual position, None for text
+    start, sources, dead = [], [], set()
+    for position in range(prompt_length):
+        source = placeholder.get(int(input_ids[position]))
+        if source is None or segment_of[position] is not None:
+            continue
+        features = next(pictures[source])  # [units of the picture, D]
+        for unit, feature in enumerate(features):
+            segment_of[position + unit] = len(start)
+            x[position + unit] = feature
+            if feature[0].isinf():  # merged away in the encoder: it never enters
+                dead.add(position + unit)
+        start.append(position)
+        sources.append(source)
+
+    held = [
+        position for position in range(length) if position not in dead
+    ]  # the positions still alive, ascending
+    x, angles = x[held], decoder_angles(config, position_ids)[held]  # [S, D], [S, d]
+    merges, alive = [], []
+    for layer, block in enumerate(language.layers):
+        alive.append([position in held for position in range(length)])
+        attention, d = block.self_attn, angles.shape[-1]
+        normed = block.input_layernorm(x)
+        q = rotate(attention.q_proj(normed).reshape(len(x), -1, d).transpose(0, 1), angles)  # [H, S, d]
+        k = rotate(attention.k_proj(normed).reshape(len(x), -1, d).transpose(0, 1), angles)  # [H_kv, S, d]
+        v = attention.v_proj(normed).reshape(len(x), -1, d).transpose(0, 1)
+        share = len(q) // len(k)  # consecutive query heads share a key-value head
+        k, v = k.repeat_interleave(share, dim=0), v.repeat_interleave(share, dim=0)  # [H, S, d]
+        causal = torch.ones(len(x), len(x)).tril().bool()  # held is ascending, so order is causality
+        x = x + attention.o_proj(attend(q, k, v, causal))
+        x = x + block.mlp(block.post_attention_layernorm(x))
+        if layer not in removed:
+            continue
+        features, gone = x.clone(), set()
+        for segment in range(len(start)):
+            if removed[layer][segment] == 0:
+                continue
+            rows = [n for n, position in enumerate(held) if segment_of[position] == segment]
+            asking = asking_queries(held, segment_of, segment, prompt_length, options.queries)  # [S]
+            importance = importance_of(q, k, causal, causal & asking[:, None], options.score)
+            kept, recycled, merged = merge_segment(
+                x[rows], q[:, rows], k[:, rows], importance[rows], removed[layer][segment], 1, options
+            )
+            numbers = [held[n] - start[segment] for n in rows]
+            merges.append(
+                Merge(
+                    "llm",
+                    layer,
+                    segment,
+                    [numbers[n] for n in kept],
+                    [numbers[n] for n in recycled],
+                    merged,
+                    sources[segment],
+                )  # fmt: skip
+            )
+            features[[rows[n] for n in kept]] = merged
+            gone |= {rows[n] for n in range(len(rows)) if n not in kept}
+        stay = [n for n in range(len(held)) if n not in gone]
+        x, angles, held = features[stay], angles[stay], [held[n] for n in stay]
+
+    alive.append([position in held for position in range(length)])
+    hidden = x.new_zeros(length, x.shape[-1])
+    hidden[held] = language.norm(x)
+    return model.lm_head(hidden), merges, alive
+
+
+def asking_queries(held, segment_of, segment, prompt_length, queries):
+    """Which alive tokens count as queries for this segment, `[S]` bool; causality is the caller's."""
+    prompt = [position for position in held if position < prompt_length]
+    text = [position for position in prompt if segment_of[position] is None]
+    end = max(position for position in held if segment_of[position] == segment)
+    if queries == "visual":
+        asking = [position for position in prompt if segment_of[position] is not None]
+    elif queries == "last":
+        asking = prompt[-1:]
+    elif queries == "text" and any(position > end for position in text):
+        asking = text
+    else:  # "all", and "text" for a segment that no text follows
+        asking = prompt
+    return torch.tensor([position in asking for position in held])
+
+
+def decoder_angles(config, position_ids):
+    """Rotation angles `[L, d]`: the sections of the frequencies turn with time, height and width in turn."""
+    rope = getattr(config, "rope_parameters", None)  # transformers 5; 4.57 has rope_theta and rope_scaling
+    theta = rope["rope_theta"] if rope else config.rope_theta
+    sections = (rope or config.rope_scaling)["mrope_section"]
+    d = config.hidden_size // config.num_attention_heads
+    frequencies = 1.0 / theta ** (torch.arange(0, d, 2).float() / d)  # [d / 2]
+    turns = position_ids[:, :, None].float() * frequencies  # [3, L, d / 2]
+    angles = torch.cat(
+        [part[axis % 3] for axis, part in enumerate(turns.split(sections, dim=-1))], dim=-1
+    )  # [L, d/2]
+    return torch.cat([angles, angles], dim=-1)
+
+
+# ---------------------------------------------------------------- attention
+
+
+def rotate(x, angles):
+    """Rotary embedding of `x [H, S, d]`; feature i is paired with feature i + d/2."""
+    first, second = x.chunk(2, dim=-1)
+    return x * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
+
+
+def same(labels):
+    """`[S, S]` bool: do two tokens carry the same label."""
+    return torch.tensor([[a == b for b in labels] for a in labels])
+
+
+def scores_of(q, k, allowed):
+    """Scaled scores `[H, S, S]`, -inf where query i (row) may not attend to key j (column)."""
+    return (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).masked_fill(~allowed, float("-inf"))
+
+
+def attend(q, k, v, allowed):
+    """Softmax attention with the heads joined again, `[S, H * d]`."""
+    return (scores_of(q, k, allowed).softmax(-1) @ v).transpose(0, 1).flatten(1)
+
+
+def importance_of(q, k, allowed, counted, score):
+    """Importance `[S]` of every token.
+
+    "attention": the probability that key j receives, averaged over the heads and over the queries i with
+    `counted[i, j]`; the probabilities are those over all that `allowed` admits. "lse": of token i's own query row.
+    """
+    scores = scores_of(q, k, allowed)
+    if score == "lse":
+        return scores.logsumexp(-1).mean(0)
+    received = scores.softmax(-1).mean(0) * counted  # [S, S]
+    return received.sum(0) / counted.sum(0)  # nan for a key that nobody asks about: text, never read
+
+
+# ---------------------------------------------------------------- selecting and merging
+
+
+def merge_segment(x, q, k, importance, removed, g, options):
+    """Merge one segment of N units: indices of the kept and the recycled units, and the features of the kept.
+
+    Args:
+        x: features `[N * g, D]`.
+        q, k: rotated queries and keys of the same layer, `[H, N * g, d]`.
+        importance: of every member, `[N * g]`.
+        removed: units to remove, at least 1.
+        g: members of a unit.
+    """
+    n = len(x) // g
+    keep = n - removed
+    units = x.reshape(n, g, -1)
+    unit_importance = importance.reshape(n, g).mean(1).tolist()
+    order = sorted(
+        range(n), key=lambda u: -unit_importance[u]
+    )  # stable: of equals the earlier unit comes first
+    merged = units.clone()
+    recycled = []
+
+    if options.merge == "linear":
+        ascending = order[keep - 1 :][::-1]  # the R + 1 least important, the least first
+        weights = torch.arange(len(ascending), 0, -1).float()  # R + 1, R, ..., 1
+        weights = weights / weights.sum()
+        recycled = [ascending[-1]]
+        merged[ascending[-1]] = (weights[:, None, None] * units[ascending]).sum(0)
+    elif options.merge == "recycle":
+        n_recycled = min(keep, max(1, round(options.recycled * keep)))
+        recycled = sorted(order[keep - n_recycled : keep])
+        targets = sorted(order[keep - n_recycled :])  # recycled and discarded ones, in held order
+        target_rows = [u * g + slot for u in targets for slot in range(g)]
+        for unit in recycled:
+            scores = q[:, unit * g : (unit + 1) * g] @ k[:, target_rows].transpose(1, 2) * q.shape[-1] ** -0.5
+            probs = scores.softmax(-1)  # [H, g, T * g]
+            affinity = probs.reshape(len(q), g, len(targets), g).mean((0, 1, 3))  # [T]
+            own = targets.index(unit)
+            others = [t for t in range(len(targets)) if t != own]
+            others = sorted(others, key=lambda t: -affinity[t].item())  # stable again
+            group = [own] + others[: options.members - 1]
+            weights = affinity[group] / affinity[group].sum()
+            members = units[[targets[t] for t in group]]  # [group, g, D]: slot s of a member goes into slot s
+            merged[unit] = (weights[:, None, None] * members).sum(0)
+
+    kept = sorted(order[:keep])
+    return kept, recycled, merged[kept].flatten(0, 1)
