@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from illava import sequence
-from illava.errors import UnsupportedInputError
+from illava.errors import AlreadyPatchedError, UnsupportedInputError
 from illava.families.seams import Seams, VisualInput, arguments
 from illava.language import LanguageCall, refuse_unserved
 from illava.plan import ModelPlan
@@ -193,7 +193,7 @@ class Hooks:
                 embeds.shape[0], -1
             )
         call_args["input_ids"] = None
-        call_args["inputs_embeds"] = call.enter(embeds)
+        call_args["inputs_embeds"] = call.enter_features(embeds)
         call_args["position_ids"] = call.enter(positions[..., None])[..., 0]
         # A ready-made dictionary keeps Hugging Face from making a mask of the caller's length.
         call_args["attention_mask"] = {"full_attention": None, "sliding_attention": None}
@@ -258,6 +258,12 @@ class ConfigView:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_config"], name)
+
+    def __deepcopy__(self, memo: Any) -> ConfigView:
+        raise AlreadyPatchedError(
+            "a patched model cannot be copied, since its hooks would go on working for the original; "
+            "call handle.remove(), copy, and patch both"
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._config, name, value)

@@ -134,6 +134,13 @@ class LanguageCall:
         """Drop what the encoder merged away: `[..., L, d]` to `[..., n, d]`."""
         return sequence.take_rows(x, self.entry_columns) if self.visual is not None else x
 
+    def enter_features(self, embeds: Tensor) -> Tensor:
+        """The same for token features; padding, which took the place of -inf rows, becomes zero."""
+        features = self.enter(embeds)
+        if not self.stages[0].ragged:
+            return features
+        return features.masked_fill(self.stages[0].positions[..., None] < 0, 0.0)
+
     def mask(self, layer: int, cached: sequence.MergedLayer | None) -> Tensor | None:
         """The attention mask for `layer`, made once per stage and cache history."""
         stage = self.stage(layer)

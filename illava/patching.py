@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from illava import checks, families
-from illava.errors import AlreadyPatchedError
 from illava.families.seams import Seams
 from illava.hooks import ATTENTION_NAME, ConfigView, Hooks, attention
 from illava.plan import ModelPlan, Plan, resolve
@@ -133,12 +132,6 @@ class Handle:
 
     def __repr__(self) -> str:
         return f"<illava.Handle {'on' if self.active else 'removed from'} {type(self._seams.model).__name__}: {self.plan}>"
-
-    def __deepcopy__(self, memo: Any) -> Handle:
-        raise AlreadyPatchedError(
-            "a patched model cannot be copied, since its hooks would go on working for the original; "
-            "call handle.remove(), copy, and patch both"
-        )
 
     # Hooks in -----------------------------------------------------------------------------------
 
