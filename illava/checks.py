@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from illava.errors import AlreadyPatchedError, SeamError, UnsupportedModelError
@@ -23,15 +21,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
     raise UnsupportedModelError(
         f"{type(model).__name__} is not a model; pass the Hugging Face model itself, not its name or path"
-    )
-
-
-def is_compiled(model: nn.Module) -> bool:
-    return any(
-        "_orig_mod" in m._modules
-        or getattr(m, "_compiled_call_impl", None) is not None
-        or hasattr(m.__dict__.get("forward"), "_torchdynamo_orig_callable")
-        for m in model.modules()
     )
 
 

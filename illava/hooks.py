@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from illava import sequence
 from illava.errors import AlreadyPatchedError, UnsupportedInputError

@@ -76,6 +76,7 @@ class LanguageCall:
         rows = embeds.shape[0]
         if visual is None:
             self.removed: dict[int, list[int]] = {}
+            self._lost_any = False
             place = torch.arange(self.length, device=embeds.device).expand(rows, -1)
             self.stages = [Stage(0, place + past, place, (self.length,) * rows)]
             return
@@ -85,8 +86,19 @@ class LanguageCall:
         """Find what the encoder left, row by row, and lay out the segments' slots."""
         device = embeds.device
         segment = visual.segment  # [B, L] on the CPU
-        dead = is_dead(embeds).cpu() & (segment >= 0)
-        keep = ~dead
+        real = torch.ones_like(segment, dtype=torch.bool)
+        if self.padding_mask is None:
+            dead = is_dead(embeds).cpu()
+        else:
+            mask = self.padding_mask[:, -self.length :].bool().to(device)
+            dead, real = torch.stack([is_dead(embeds), mask]).cpu()  # one transfer for both
+        dead &= segment >= 0
+        self._lost_any = bool(dead.any())
+        # The caller's padding leaves as well, or a short row would keep the whole batch long. Only in
+        # the last column it stays: generation goes on from there.
+        real_or_last = real.clone()
+        real_or_last[:, -1] = True
+        keep = real_or_last & ~dead
         row_lengths = keep.sum(dim=1).tolist()
         width = max(row_lengths)
         index = merge.compact(keep, width)  # [B, n] on the CPU
@@ -110,9 +122,6 @@ class LanguageCall:
         removed = [plan.llm_removed(t, a) for t, a in zip(visual.tokens, self.counts[0], strict=True)]
         self.removed = {layer: [r[i] for r in removed] for i, layer in enumerate(plan.llm_layers)}
 
-        real = torch.ones_like(segment, dtype=torch.bool)
-        if self.padding_mask is not None:
-            real = self.padding_mask[:, -self.length :].cpu().bool()
         text = (segment < 0) & real
         self.has_later_text = sequence.later_text(segment, real, number)
         self._text = (text.gather(1, index) & (positions >= 0)).to(device)  # [B, n]
@@ -120,8 +129,8 @@ class LanguageCall:
 
     @property
     def changes_length(self) -> bool:
-        """Whether anything is, or will be, shorter than the caller thinks."""
-        return min(self.stages[0].row_lengths) < self.length or any(map(any, self.removed.values()))
+        """Whether a visual token is missing, or will be."""
+        return self._lost_any or any(map(any, self.removed.values()))
 
     def merges_at(self, layer: int) -> bool:
         return any(self.removed.get(layer, ()))

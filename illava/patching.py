@@ -28,7 +28,8 @@ def patch(model: nn.Module, *, plan: Plan | None = None, **settings: Any) -> Han
     """Make a vision-language model merge redundant visual tokens, from the next call on.
 
     Only this instance is touched; text-only calls and later decoding run as before. Patching a
-    patched model replaces its plan.
+    patched model replaces its plan. Patching and removing make `torch.compile` forget what it compiled
+    in this process; it compiles again, with the hooks, when next called.
 
     Args:
         model: a Hugging Face `...ForConditionalGeneration` or bare `...Model` of a supported family,
@@ -70,10 +71,7 @@ def patch(model: nn.Module, *, plan: Plan | None = None, **settings: Any) -> Han
     checks.check_attention(seams)
     if previous is not None:
         previous.remove()
-    handle = Handle(resolved, seams, family)
-    if checks.is_compiled(model) or checks.is_compiled(core):
-        torch.compiler.reset()  # code compiled before the hooks were there would not call them
-    return handle
+    return Handle(resolved, seams, family)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -121,8 +119,7 @@ class Handle:
             self._undo.pop()()
         if self.active:
             delattr(self._seams.model, HANDLE_ATTRIBUTE)
-            if checks.is_compiled(self._seams.model):
-                torch.compiler.reset()
+            torch.compiler.reset()
 
     def __enter__(self) -> Handle:
         return self
@@ -131,7 +128,8 @@ class Handle:
         self.remove()
 
     def __repr__(self) -> str:
-        return f"<illava.Handle {'on' if self.active else 'removed from'} {type(self._seams.model).__name__}: {self.plan}>"
+        state = "on" if self.active else "removed from"
+        return f"<illava.Handle {state} {type(self._seams.model).__name__}: {self.plan}>"
 
     # Hooks in -----------------------------------------------------------------------------------
 
@@ -140,8 +138,9 @@ class Handle:
 
         if self.plan.removes_nothing:
             return
+        torch.compiler.reset()  # code compiled before the hooks were there would not call them
         seams, hooks = self._seams, self._hooks
-        ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attention)
+        ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, torch.compiler.disable(attention))
         self._before(seams.tower, hooks.enter_tower)
         self._after(seams.tower, hooks.leave_tower, always=True)
         if self.plan.vit_layers:
@@ -177,16 +176,20 @@ class Handle:
         self._after(layer, lambda m, a, k, out: hooks.merge_layer(number, out))
 
     def _before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        # Hooks are not traced: torch.compile breaks its graph at them and compiles what lies between.
+        hook = torch.compiler.disable(hook)
         self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
     def _after(self, module: nn.Module, hook: Callable[..., Any], *, always: bool = False) -> None:
         # First in line, so that hooks which record hidden states see what the next layer will see.
-        handle = module.register_forward_hook(hook, with_kwargs=True, always_call=always, prepend=True)
+        handle = module.register_forward_hook(
+            torch.compiler.disable(hook), with_kwargs=True, always_call=always, prepend=True
+        )
         self._undo.append(handle.remove)
 
     def _view_config(self, module: nn.Module, merging: Callable[[], bool]) -> None:
         config: Any = module.config
-        module.config = ConfigView(config, merging, self._hooks)  # type: ignore[assignment]
+        module.config = ConfigView(config, torch.compiler.disable(merging), self._hooks)  # type: ignore[assignment]
 
         def restore() -> None:
             module.config = config

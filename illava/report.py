@@ -134,7 +134,8 @@ class Report:
         return (
             capture.get()
             + f"TFLOPs of the prefill: vision {v.without / 1e12:.4g} -> {v.with_ / 1e12:.4g}, language "
-            + f"{t.without / 1e12:.4g} -> {t.with_ / 1e12:.4g}; speed-up at most {self.flops.speedup_bound:.2f}x"
+            + f"{t.without / 1e12:.4g} -> {t.with_ / 1e12:.4g}; "
+            + f"speed-up at most {self.flops.speedup_bound:.2f}x"
         )
 
 
@@ -167,9 +168,10 @@ def build_report(
     by_row: list[list[SegmentSchedule]] = [[] for _ in range(rows)]
     for number, (kind, tokens) in enumerate(zip(visual.kinds, visual.tokens, strict=True)):
         row, alive = call.segment_rows[number], call.counts[0][number]
-        grid, schedule = known.get(tokens, (None, None))
-        if schedule is not None and schedule.encoder_tokens != alive:
-            grid, schedule = None, None  # same size, but not encoded under this plan
+        match = known.get(tokens)
+        if match is not None and match[1].encoder_tokens != alive:
+            match = None  # same size, but not encoded under this plan
+        grid, schedule = match or (None, None)
         vit = schedule.vit if schedule is not None else ()
         llm, left = [], alive
         for layer, removed in call.removed.items():

@@ -97,7 +97,9 @@ def model(request):
 # Two ways to remove nothing: no merge at all, and merges that find nothing to remove in any picture here.
 NOTHING = {
     "reduction 0": dict(reduction=0),
-    "every merge idle": dict(vit_tokens_removed=0, llm_tokens_removed=0, vit_layers=(0, 1), llm_layers=(0, 2)),
+    "every merge idle": dict(
+        vit_tokens_removed=0, llm_tokens_removed=0, vit_layers=(0, 1), llm_layers=(0, 2)
+    ),
 }
 
 
