@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from illava.errors import AlreadyPatchedError, SeamError, UnsupportedModelError
 from illava.families.seams import Seams
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> nn.Module:
     """The Hugging Face model inside `torch.compile`, PEFT and DataParallel wrappers."""
     while isinstance(model, nn.Module):
         if "_orig_mod" in model._modules:
@@ -46,8 +48,8 @@ def check_untouched(seams: Seams) -> None:
         if (own is not None and not by_accelerate and not by_compile) or foreign_class:
             source = getattr(own, "__module__", None) or home
             raise AlreadyPatchedError(
-                f"the {place} ({type(module).__name__}) runs code of {source!r} in place of its own; two tools "
-                "cannot shorten the same tokens. Undo the other one, or load the model afresh"
+                f"the {place} ({type(module).__name__}) runs code of {source!r} in place of its own; two "
+                "tools cannot shorten the same tokens. Undo the other one, or load the model afresh"
             )
 
 
@@ -57,8 +59,8 @@ def check_attention(seams: Seams) -> None:
         implementation = module.config._attn_implementation
         if implementation not in ("eager", "sdpa") and not implementation.startswith("flash_attention"):
             raise SeamError(
-                f"the {name} attends with {implementation!r}, whose masks illava cannot shorten; load the model "
-                "with attn_implementation='sdpa', 'eager' or 'flash_attention_2'"
+                f"the {name} attends with {implementation!r}, whose masks illava cannot shorten; load the "
+                "model with attn_implementation='sdpa', 'eager' or 'flash_attention_2'"
             )
     kinds = set(getattr(seams.language_model.config, "layer_types", None) or ()) - {"full_attention"}
     if kinds:

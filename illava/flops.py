@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -98,7 +99,7 @@ def _vision(seams: Seams, schedule: SegmentSchedule, after: dict[int, int]) -> f
 def _language(seams: Seams, tokens: int, after: dict[int, int]) -> float:
     attention = getattr(seams.layers[0], seams.layer_attention)
     hidden = linear_weights(attention, outputs=True)
-    config = seams.language_model.config
+    config: Any = seams.language_model.config
     total = 2.0 * config.hidden_size * config.vocab_size
     for number, layer in enumerate(seams.layers):
         total += 2.0 * linear_weights(layer) * tokens + 4.0 * hidden * tokens * (tokens + 1) / 2
@@ -112,7 +113,7 @@ def linear_weights(module: nn.Module, *, outputs: bool = False) -> int:
     The last linear layer of an attention module is its output projection, whose input is as wide
     as all heads together.
     """
-    layers = [m for m in module.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
+    layers: list[Any] = [m for m in module.modules() if hasattr(m, "in_features")]
     layers = [m for m in layers if not any(c is not m and hasattr(c, "in_features") for c in m.modules())]
     return layers[-1].in_features if outputs else sum(m.in_features * m.out_features for m in layers)
 

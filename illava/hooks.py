@@ -54,7 +54,7 @@ class Hooks:
 
     # The vision encoder -------------------------------------------------------------------------
 
-    def enter_tower(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter_tower(self, module: Any, args: Any, kwargs: Any) -> None:
         call_args = arguments(module, args, kwargs)
         pixels = next(iter(call_args.values()))
         call = VisionCall(
@@ -162,7 +162,7 @@ class Hooks:
         self.visual.set(None)
         return output
 
-    def enter_language(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def enter_language(self, module: Any, args: Any, kwargs: Any) -> Any:
         self.language.set(None)
         visual = self.visual.get()
         call_args = arguments(module, args, kwargs)
@@ -270,7 +270,7 @@ class ConfigView:
 
 
 def attention(
-    module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any = None, **kwargs: Any
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, **kwargs: Any
 ) -> tuple[Any, Any]:
     """The attention function of a merging module: the user's own, plus the statistics.
 
@@ -284,8 +284,8 @@ def attention(
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     vision = hooks.vision.get()
     if vision is not None and vision.attending is not None:
-        packed = [x[0].transpose(0, 1) for x in (query, key, value)]  # [N, H, D]
-        return vision.attend(*packed, scale)[None], None
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, H, D]
+        return vision.attend(q, k, v, scale)[None], None
     call = hooks.language.get()
     if call is None or call.attending is None:
         raise RuntimeError("illava's attention function called outside a merging layer")
@@ -296,7 +296,7 @@ def attention(
     return result
 
 
-def own_attention(module: nn.Module) -> Callable[..., Any]:
+def own_attention(module: Any) -> Callable[..., Any]:
     """The attention function the user chose for this module."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

@@ -54,9 +54,8 @@ def patch(model: nn.Module, *, plan: Plan | None = None, **settings: Any) -> Han
         raise TypeError(f"give plan= or single settings, not both (got plan and {', '.join(settings)})")
     plan = Plan(**settings) if plan is None else plan
     core = checks.unwrap(model)
-    family = families.family_of(
-        getattr(getattr(core, "config", None), "model_type", None), type(core).__name__
-    )
+    model_type = getattr(getattr(core, "config", None), "model_type", "unknown")
+    family = families.family_of(model_type, type(core).__name__)
     seams = family.find_seams(core)
     resolved = resolve(
         plan,

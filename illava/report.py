@@ -171,18 +171,20 @@ def build_report(
         match = known.get(tokens)
         if match is not None and match[1].encoder_tokens != alive:
             match = None  # same size, but not encoded under this plan
-        grid, schedule = match or (None, None)
-        vit = schedule.vit if schedule is not None else ()
-        llm, left = [], alive
+        vit = match[1].vit if match else ()
+        llm: list[tuple[int, int, int]] = []
+        left = alive
         for layer, removed in call.removed.items():
             llm.append((layer, left, left := left - removed[number]))
-        frames = schedule.frames if schedule is not None else 1
+        frames = match[1].frames if match else 1
         done = SegmentSchedule(frames, tokens, vit or ((-1, tokens, alive),), tuple(llm))
         by_row[row].append(done)
         records = [LayerRecord("vit", *entry) for entry in vit] + [
             LayerRecord("llm", *entry) for entry in llm
         ]
-        pictures.append(PictureRecord(kind, row, grid, tokens, tuple(records), plan.reduction))
+        pictures.append(
+            PictureRecord(kind, row, match[0] if match else None, tokens, tuple(records), plan.reduction)
+        )
     texts = [call.length - sum(s.tokens for s in row) for row in by_row]
     flops = count_flops(plan, seams, schedules, list(zip(texts, by_row, strict=True)))
     backend = next((c.backend for c in calls if c.backend), None)

@@ -76,7 +76,9 @@ class MergedLayer(DynamicLayer):
     def crop(self, tokens: int) -> None:
         """Forget the caller's last tokens: `-tokens` of them, or (4.57) all after the first `tokens`."""
         target = self.seen + tokens if tokens < 0 else tokens
-        if self.positions is None or target >= self.seen or tokens == 0:
+        if self.positions is None or self.keys is None or self.values is None:
+            return
+        if target >= self.seen or tokens == 0:
             return
         keep = (self.positions >= 0) & (self.positions < target)
         length = int(keep.sum(dim=1).max())
@@ -87,7 +89,7 @@ class MergedLayer(DynamicLayer):
         self.seen = target
         self.ragged = bool((self.positions < 0).any())
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
         self._rows(lambda p: p.index_select(0, beam_idx.to(p.device)))
 

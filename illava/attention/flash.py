@@ -69,8 +69,8 @@ def varlen_attention(
     dense = _dense_cpu if backend == "torch_cpu" else _dense_blocks
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
     for index, real in spans.tables():
-        heads_first = [x[index].transpose(1, 2) for x in (q, k, v)]  # [s, H, l, D]
-        o, level = dense(*heads_first, real, scale)
+        a, b, c = (x[index].transpose(1, 2) for x in (q, k, v))  # [s, H, l, D]
+        o, level = dense(a, b, c, real, scale)
         place = index.flatten() if real is None else index[real]
         chosen = slice(None) if real is None else real.flatten()
         out = out.index_copy(0, place, o.transpose(1, 2).flatten(0, 1)[chosen].to(q.dtype))

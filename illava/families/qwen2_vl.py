@@ -55,7 +55,7 @@ def find_seams(model: nn.Module) -> Seams:
         block_norm="norm2",
         block_ffn="mlp",
         projector=part(core, "visual.merger", "to put survivors back on the full grid"),
-        language_model=core.language_model,
+        language_model=part(core, "language_model", "as the decoder"),
         layers=tuple(layers),
         layer_attention="self_attn",
         merge_size=config.spatial_merge_size,
@@ -92,7 +92,9 @@ def visual_input(seams: Seams, call: Mapping[str, Any]) -> VisualInput | None:
     if not sizes:
         return None
 
-    segment, kinds, tokens = None, [], []
+    segment: Tensor | None = None
+    kinds: list[str] = []
+    tokens: list[int] = []
     for kind, counts in sizes.items():
         place = _placeholders(seams, call, kind)
         if segment is None:
