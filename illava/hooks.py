@@ -19,6 +19,7 @@ from torch import nn
 from illava import sequence
 from illava.errors import AlreadyPatchedError, UnsupportedInputError
 from illava.families.seams import Seams, VisualInput, arguments
+from illava.flops import measure
 from illava.language import LanguageCall, refuse_unserved
 from illava.plan import ModelPlan
 from illava.report import Report, build_report
@@ -35,6 +36,7 @@ class Hooks:
 
     def __init__(self, plan: ModelPlan, seams: Seams, family: Any) -> None:
         self.plan, self.seams, self.family = plan, seams, family
+        self.shape = measure(seams)
         self.number = next(_NUMBERS)
         self.last: Report | None = None
         self.vision: ContextVar[VisionCall | None] = ContextVar("illava_vision", default=None)
@@ -180,7 +182,7 @@ class Hooks:
             past, module.config._attn_implementation, self.number,
         )  # fmt: skip
         if visual is not None:
-            self.last = build_report(self.plan, self.seams, call, self.encoded.get(), embeds.shape[0])
+            self.last = build_report(self.plan, self.shape, call, self.encoded.get(), embeds.shape[0])
             self.encoded.set(None)
         if not merged and not call.changes_length:
             return None

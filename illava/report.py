@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from illava.flops import Flops, count_flops
+from illava.flops import Flops, ModelShape, count_flops
 from illava.plan import ModelPlan, SegmentSchedule
 
 if TYPE_CHECKING:
-    from illava.families.seams import Seams
     from illava.language import LanguageCall
     from illava.vision import VisionCall
 
@@ -141,7 +140,7 @@ class Report:
 
 def build_report(
     plan: ModelPlan,
-    seams: Seams,
+    shape: ModelShape,
     call: LanguageCall,
     encoded: Iterable[VisionCall] | None,
     rows: int,
@@ -149,7 +148,7 @@ def build_report(
     """Put a language model call and the encoder calls before it together.
 
     Args:
-        plan, seams: of the patched model.
+        plan, shape: of the patched model.
         call: the language model call that brought pictures.
         encoded: encoder calls since the last report; features handed in by the caller have none.
         rows: batch rows.
@@ -186,6 +185,6 @@ def build_report(
             PictureRecord(kind, row, match[0] if match else None, tokens, tuple(records), plan.reduction)
         )
     texts = [call.length - sum(s.tokens for s in row) for row in by_row]
-    flops = count_flops(plan, seams, schedules, list(zip(texts, by_row, strict=True)))
+    flops = count_flops(plan, shape, schedules, list(zip(texts, by_row, strict=True)))
     backend = next((c.backend for c in calls if c.backend), None)
     return Report(tuple(pictures), flops, backend)
