@@ -154,11 +154,8 @@ def build_report(
         rows: batch rows.
     """
     calls = list(encoded or ())
-    known: dict[int, tuple[tuple[int, int, int], SegmentSchedule]] = {}
-    schedules = [s for c in calls for s in c.schedules]
-    for vision in calls:
-        for grid, schedule in zip(vision.grids, vision.schedules, strict=True):
-            known.setdefault(schedule.tokens, (grid, schedule))
+    pool = [pair for c in calls for pair in zip(c.grids, c.schedules, strict=True)]
+    schedules = [schedule for _, schedule in pool]
 
     visual = call.visual
     if visual is None:
@@ -167,9 +164,7 @@ def build_report(
     by_row: list[list[SegmentSchedule]] = [[] for _ in range(rows)]
     for number, (kind, tokens) in enumerate(zip(visual.kinds, visual.tokens, strict=True)):
         row, alive = call.segment_rows[number], call.counts[0][number]
-        match = known.get(tokens)
-        if match is not None and match[1].encoder_tokens != alive:
-            match = None  # same size, but not encoded under this plan
+        match = _encoding(pool, number, tokens, alive)
         vit = match[1].vit if match else ()
         llm: list[tuple[int, int, int]] = []
         left = alive
@@ -188,3 +183,13 @@ def build_report(
     flops = count_flops(plan, shape, schedules, list(zip(texts, by_row, strict=True)))
     backend = next((c.backend for c in calls if c.backend), None)
     return Report(tuple(pictures), flops, backend)
+
+
+def _encoding(
+    pool: list[tuple[tuple[int, int, int], SegmentSchedule]], number: int, tokens: int, alive: int
+) -> tuple[tuple[int, int, int], SegmentSchedule] | None:
+    """The encoder call a picture came from: the next in turn, or, where beams repeat pictures, one of
+    its size. `None` for features that were not encoded under this plan.
+    """
+    turns = pool[number % len(pool) :] + pool if pool else []
+    return next((pair for pair in turns if (pair[1].tokens, pair[1].encoder_tokens) == (tokens, alive)), None)
