@@ -109,8 +109,8 @@ def test_flash_attention_answers_as_sdpa_does(family, name, flash):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_flash_attention_without_a_mask(family, flash):
-    """With no mask Hugging Face looks for packed sequences in the positions; the gaps a merge leaves
-    must not be taken for them."""
+    """With no mask the causal alignment is the kernel's own, and the gaps that merges leave in the
+    positions must not be taken for packed sequences."""
     sdpa, flashed = build(family)
     inputs = tiny.prompt([5, tiny.A, 7, tiny.C, 3])
     del inputs["attention_mask"]
