@@ -23,7 +23,7 @@ from illava.flops import measure
 from illava.language import LanguageCall, refuse_unserved
 from illava.plan import ModelPlan
 from illava.report import Report, build_report
-from illava.vision import VisionCall, is_dead
+from illava.vision import EncoderRecord, VisionCall, is_dead
 
 # The name under which a merging attention module finds illava's attention function. It is read from
 # that module's own view of its config, only while it merges; no other model ever carries it.
@@ -42,7 +42,7 @@ class Hooks:
         self.vision: ContextVar[VisionCall | None] = ContextVar("illava_vision", default=None)
         self.visual: ContextVar[VisualInput | None] = ContextVar("illava_visual", default=None)
         self.language: ContextVar[LanguageCall | None] = ContextVar("illava_language", default=None)
-        self.encoded: ContextVar[deque[VisionCall] | None] = ContextVar("illava_encoded", default=None)
+        self.encoded: ContextVar[deque[EncoderRecord] | None] = ContextVar("illava_encoded", default=None)
 
     def block_attends(self, number: int) -> bool:
         """Whether encoder block `number` is attending and about to merge."""
@@ -68,18 +68,11 @@ class Hooks:
         )
         if call.removes and getattr(module, "gradient_checkpointing", False) and module.training:
             refuse_unserved(None, None, True, 0)
-        encoded = self.encoded.get()
-        if encoded is None:
-            self.encoded.set(encoded := deque(maxlen=64))
-        encoded.append(call)
-        self.vision.set(call if call.removes else None)
+        self.vision.set(call)
 
     def enter_block(self, number: int, args: Any, kwargs: Any) -> Any:
         call = self.vision.get()
-        if call is None:
-            return None
-        stage = call.stage(number)
-        if stage.first_block == 0:
+        if call is None or (stage := call.stage(number)).first_block == 0:
             return None
         cos, sin = kwargs["position_embeddings"]
         kwargs["position_embeddings"] = (stage.select(cos, call.unit), stage.select(sin, call.unit))
@@ -125,12 +118,19 @@ class Hooks:
 
     def leave_projector(self, module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> Any:
         call = self.vision.get()
-        return None if call is None else call.full_grid(output, 1)
+        return call.full_grid(output, 1) if call is not None and call.removes else None
 
     def leave_tower(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         call = self.vision.get()
         self.vision.set(None)
-        if call is None or getattr(output, "last_hidden_state", None) is None:
+        if call is None or output is None:
+            return output
+        encoded = self.encoded.get()
+        if encoded is None:
+            # Whoever encodes without ever asking the language model must not fill the memory.
+            self.encoded.set(encoded := deque(maxlen=64))
+        encoded.append(call.record())
+        if not call.removes or getattr(output, "last_hidden_state", None) is None:
             return output  # 4.57 returns the projector's output alone, which is full already
         output.last_hidden_state = call.full_grid(output.last_hidden_state, call.unit)
         if getattr(output, "hidden_states", None) is not None:
@@ -209,7 +209,8 @@ class Hooks:
         stage = call.stage(number)
         cache, cached = kwargs.get("past_key_values"), None
         if cache is not None:
-            sequence.check_cache(cache)
+            if number == 0:
+                sequence.check_cache(cache)  # it may have been made since the call began
             cached = sequence.cache_layer(cache, number, stage.positions.shape[0], stage.positions.device)
         if stage.first_layer > 0:
             cos, sin = kwargs["position_embeddings"]

@@ -11,7 +11,7 @@ from illava.plan import ModelPlan, SegmentSchedule
 
 if TYPE_CHECKING:
     from illava.language import LanguageCall
-    from illava.vision import VisionCall
+    from illava.vision import EncoderRecord
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def build_report(
     plan: ModelPlan,
     shape: ModelShape,
     call: LanguageCall,
-    encoded: Iterable[VisionCall] | None,
+    encoded: Iterable[EncoderRecord] | None,
     rows: int,
 ) -> Report:
     """Put a language model call and the encoder calls before it together.

@@ -65,6 +65,21 @@ class Stage:
         return self._memo[id(source)][1]
 
 
+@dataclass(frozen=True)
+class EncoderRecord:
+    """What is remembered of an encoder call for the report.
+
+    Attributes:
+        grids: `(frames, height, width)` in patches per picture.
+        schedules: what the plan did to each.
+        backend: the kernel that gave the attention statistics, `None` where nothing merged.
+    """
+
+    grids: list[tuple[int, int, int]]
+    schedules: list[SegmentSchedule]
+    backend: str | None
+
+
 class VisionCall:
     """State of one encoder call.
 
@@ -100,6 +115,9 @@ class VisionCall:
         self.merged: dict[int, Tensor] = {}
         self._spans: Spans | None = None
         self._decisions: dict[int, merge.Merge] = {}
+
+    def record(self) -> EncoderRecord:
+        return EncoderRecord(self.grids, self.schedules, self.backend)
 
     @property
     def removes(self) -> bool:
