@@ -142,7 +142,7 @@ def _dense_blocks(
     q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     hidden = None if real is None else ~real[:, None, None]  # [s, 1, 1, l]
-    step = max(16, streaming.BLOCK_ELEMENTS // (q.shape[0] * q.shape[1] * k.shape[2]))
+    step = streaming.block_rows(q.device, q.shape[0] * q.shape[1], k.shape[2])
     outputs, levels = [], []
     for start in range(0, q.shape[2], step):
         scores = q[:, :, start : start + step].float() @ k.float().transpose(-1, -2) * scale

@@ -1,12 +1,20 @@
-"""The same statistics in one pass over blocks of queries: no matrix of size N x N is ever held."""
+"""The same statistics in one pass over blocks of queries: no matrix of size N x N is ever held.
+
+A block of scores lives in one buffer that is used again and again, small enough to stay in a CPU's
+cache. Where the attention kernel has given L_i, it rides along as one more channel of the queries
+(against a channel of ones in the keys), so that a single matrix product yields q_i k_j scale - L_i.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-# Score elements of one block of queries, all heads together: 4 MiB in fp32, which stays in a cache.
-BLOCK_ELEMENTS = 2**20
+# Scores held at once: 2 MiB in fp32 on a CPU, where they should stay in the cache, 64 MiB elsewhere.
+BLOCK_ELEMENTS_CPU = 2**19
+BLOCK_ELEMENTS = 2**24
 
 
 def attention_received(
@@ -36,28 +44,23 @@ def attention_received(
         `[B, L]` in fp32; a key that no query sees receives 0.
     """
     batch, heads, length, _ = q.shape
+    level = None
+    if lse is not None:
+        # A query that sees nothing has L = -inf and no finite score: its row must come out as zero.
+        level = lse.float().masked_fill(lse.isinf(), 0.0)
     received = q.new_zeros((batch, k.shape[2]), dtype=torch.float32)
-    seen_by = torch.zeros_like(received)
-    keys = k.float().transpose(-1, -2)  # [B, K, D, L]
-    for start, stop in _blocks(batch, heads, length, k.shape[2]):
-        scores = _scores(q[:, :, start:stop], keys, scale)  # [B, H, q, L]
-        visible = None
-        if q_positions is not None and k_positions is not None:
-            visible = _visible(q_positions[:, start:stop], k_positions)  # [B, q, L]
-            scores.masked_fill_(~visible[:, None], float("-inf"))
-            seen_by += visible.sum(dim=1)
-        if lse is not None:
-            # A query that sees nothing has L = -inf and no finite score: its row must be zero.
-            level = lse[:, :, start:stop, None].float()
-            probabilities = scores.sub_(level.masked_fill(level.isinf(), 0.0)).exp_()
+    for rows, block, visible, scores in _score_blocks(q, k, scale, level, q_positions, k_positions):
+        if level is not None:
+            probabilities = scores.exp_()
         else:
             probabilities = scores.softmax(dim=-1)
             if visible is not None:
-                probabilities = probabilities.nan_to_num()
-        received += probabilities.sum(dim=(1, 2))
-    if q_positions is None:
+                probabilities = probabilities.nan_to_num_()
+        ones = probabilities.new_ones((1, 1, block)).expand(len(rows), 1, block)
+        received.index_add_(0, rows, torch.bmm(ones, probabilities)[:, 0])  # [slices, L]
+    if q_positions is None or k_positions is None:
         return received / (heads * length)
-    return received / (heads * seen_by.clamp(min=1))
+    return received / (heads * _seen_by(q_positions, k_positions).clamp(min=1))
 
 
 def log_sum_exp(
@@ -69,31 +72,71 @@ def log_sum_exp(
     k_positions: Tensor | None = None,
 ) -> Tensor:
     """L_i of each query, streamed. Arguments as above; returns `[B, H, Q]` in fp32."""
+    parts = [
+        scores.logsumexp(dim=-1)
+        for _, _, _, scores in _score_blocks(q, k, scale, None, q_positions, k_positions)
+    ]
+    # Blocks come slice by slice, and within a slice query by query.
+    return torch.cat([p.flatten() for p in parts]).view(q.shape[:3])
+
+
+def block_rows(device: torch.device, slices: int, keys: int) -> int:
+    """Queries per block, for `slices` heads of all rows at once."""
+    elements = BLOCK_ELEMENTS_CPU if device.type == "cpu" else BLOCK_ELEMENTS
+    return max(16, elements // max(1, slices * keys))
+
+
+def _score_blocks(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    level: Tensor | None,
+    q_positions: Tensor | None,
+    k_positions: Tensor | None,
+) -> Iterator[tuple[Tensor, int, Tensor | None, Tensor]]:
+    """Scores of all heads ("slices") of all rows, block by block in one buffer.
+
+    Yields:
+        The batch row of each slice, the number of queries, which keys they see (`[slices, q, L]` or
+        `None`), and their scores `[slices, q, L]`, -inf where unseen. The next block overwrites them.
+    """
     batch, heads, length, _ = q.shape
-    keys = k.float().transpose(-1, -2)  # [B, K, D, L]
-    parts = []
-    for start, stop in _blocks(batch, heads, length, k.shape[2]):
-        scores = _scores(q[:, :, start:stop], keys, scale)
-        if q_positions is not None and k_positions is not None:
-            visible = _visible(q_positions[:, start:stop], k_positions)
-            scores.masked_fill_(~visible[:, None], float("-inf"))
-        parts.append(scores.logsumexp(dim=-1))
-    return torch.cat(parts, dim=2)
+    key_heads, keys = k.shape[1], k.shape[2]
+    queries = q.float() * scale
+    columns = k.float()
+    if level is not None:
+        queries = torch.cat([queries, -level[..., None]], dim=-1)
+        columns = torch.cat([columns, torch.ones_like(columns[..., :1])], dim=-1)
+    queries = queries.flatten(0, 1)  # [B*H, Q, D]
+    columns = columns.flatten(0, 1).transpose(1, 2)  # [B*K, D, L]
+    rows = torch.arange(batch, device=q.device).repeat_interleave(heads)
+    key_of = torch.arange(batch * key_heads, device=q.device).repeat_interleave(heads // key_heads)
 
-
-def _blocks(batch: int, heads: int, queries: int, keys: int) -> list[tuple[int, int]]:
-    step = max(16, BLOCK_ELEMENTS // max(1, batch * heads * keys))
-    return [(start, min(start + step, queries)) for start in range(0, queries, step)]
-
-
-def _scores(q: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """`[B, H, q, L]` in fp32 from keys `[B, K, D, L]`; grouped-query heads share their keys."""
-    batch, heads, length, size = q.shape
-    grouped = (q.float() * scale).reshape(batch, keys.shape[1], -1, size)  # [B, K, (H/K)*q, D]
-    return (grouped @ keys).reshape(batch, heads, length, keys.shape[3])
+    block = min(length, block_rows(q.device, 1, keys))
+    together = max(1, block_rows(q.device, 1, keys) // max(1, block)) if block == length else 1
+    buffer = queries.new_empty(min(together, len(rows)) * block * keys)
+    for first in range(0, len(rows), together):
+        chunk = slice(first, first + together)
+        own = columns[key_of[chunk]]
+        for start in range(0, length, block):
+            part = queries[chunk, start : start + block]  # [slices, q, D]
+            scores = buffer[: part.shape[0] * part.shape[1] * keys].view(*part.shape[:2], keys)
+            torch.bmm(part, own, out=scores)
+            visible = None
+            if q_positions is not None and k_positions is not None:
+                visible = _visible(q_positions[:, start : start + block], k_positions)[rows[chunk]]
+                scores.masked_fill_(~visible, float("-inf"))
+            yield rows[chunk], part.shape[1], visible, scores
 
 
 def _visible(q_positions: Tensor, k_positions: Tensor) -> Tensor:
     """`[B, q, L]`: keys at or before a query; negative positions are padding."""
     keys = k_positions[:, None, :]
     return (keys >= 0) & (keys <= q_positions[:, :, None])
+
+
+def _seen_by(q_positions: Tensor, k_positions: Tensor) -> Tensor:
+    """`[B, L]`: how many queries see each key, without a table of all pairs."""
+    order = q_positions.sort(dim=1).values
+    before = torch.searchsorted(order, k_positions.contiguous())
+    return (order.shape[1] - before).masked_fill(k_positions < 0, 0)
