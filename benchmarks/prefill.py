@@ -36,7 +36,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -155,9 +155,7 @@ def build_model(
     """A model with random weights, made on the device."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(
-            config, attn_implementation=attn, **{_dtype_keyword(): dtype}
-        )
+        model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=attn, dtype=dtype)
     with torch.no_grad():
         for module in model.modules():
             # Every layer's output of unit size: attention neither uniform nor all on one token.
@@ -168,11 +166,9 @@ def build_model(
     return model.eval()
 
 
-def _dtype_keyword() -> str:
-    return "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-
-
-def build_inputs(model: nn.Module, picture: int, text: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
+def build_inputs(
+    model: nn.Module, picture: int, text: int, device: str, dtype: torch.dtype
+) -> dict[str, Any]:
     """One square picture of `picture` pixels a side between `text` tokens of text."""
     side = picture // PATCH
     visual = (side // UNIT) ** 2
@@ -180,9 +176,8 @@ def build_inputs(model: nn.Module, picture: int, text: int, device: str, dtype: 
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(FIRST_TEXT, vocabulary, (text,), generator=generator)
     before, after = words[: text // 2], words[text // 2 :]
-    ids = torch.cat(
-        [before, torch.tensor([VISION_START]), torch.full((visual,), IMAGE), torch.tensor([VISION_END]), after]
-    )[None]
+    start, end = torch.tensor([VISION_START]), torch.tensor([VISION_END])
+    ids = torch.cat([before, start, torch.full((visual,), IMAGE), end, after])[None]
     pixels = torch.randn(side * side, 3 * 2 * PATCH * PATCH, generator=generator)
     inputs = {
         "input_ids": ids.to(device),
@@ -466,7 +461,8 @@ def show_profile(console: Console, result: Result) -> None:
     longest = sorted(watch.inclusive.items(), key=lambda item: -item[1])
     for name, seconds in longest:
         if seconds > 5e-4 * watch.seconds:
-            table.add_row(name, str(watch.calls[name]), f"{1e3 * seconds:.1f}", f"{seconds / watch.seconds:.1%}")
+            share = seconds / watch.seconds
+            table.add_row(name, str(watch.calls[name]), f"{1e3 * seconds:.1f}", f"{share:.1%}")
     console.print(table)
 
 
@@ -545,10 +541,10 @@ def parse() -> argparse.Namespace:
     add("--device", default="cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add("--attn", choices=("sdpa", "eager", "flash_attention_2"), default="sdpa")
-    add("--csv", type=Path, help=f"where to append the results (default: {DEFAULT_CSV.name} or prefill_cuda.csv)")
+    add("--csv", type=Path, help="where to append; if not given, benchmarks/results/prefill_<device>.csv")
     add("--profile", action="store_true", help="list illava's own functions by time")
-    add("--check", action="store_true",
-        help=f"exit 1 below {SHARE_OF_BOUND:.2f} of a bound, or if reduction 0 costs over {COST_OF_NOTHING:.0%}")  # fmt: skip
+    limits = f"below {SHARE_OF_BOUND} of a bound, or if reduction 0 costs over {COST_OF_NOTHING}"
+    add("--check", action="store_true", help=f"exit 1 {limits} of the unpatched time")
     options = parser.parse_args()
     if options.config == "small":
         for name, step in (("hidden", 80), ("depth", 4), ("llm_hidden", 128)):
@@ -575,8 +571,8 @@ def main() -> int:
     model = build_model(CONFIGS[options.config](options), options.device, dtype, options.attn)
     inputs = build_inputs(model, options.picture, options.text, options.device, dtype)
     prefill = Prefill(model, inputs, options.clock)
-    console_columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*console_columns, console=console, transient=True) as progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
         unpatched, results = measure(prefill, options, progress)
 
     title = (
@@ -587,7 +583,7 @@ def main() -> int:
     show(console, title, unpatched, results)
     merged = results[1:]
     if merged:
-        console.print(f"Merging layers: {merged[-1].layers}. 'merging': illava's own share of the patched time.")
+        console.print(f"Layers: {merged[-1].layers}. 'merging': illava's own share of the patched time.")
         text = inputs["input_ids"].shape[1] - results[0].final_tokens
         rows = [results[0].final_tokens + text, *(r.final_tokens + text for r in merged)]
         decoder, encoder = model.model.language_model.layers[0].mlp, model.model.visual.blocks[0].mlp
@@ -601,7 +597,8 @@ def main() -> int:
     console.print(f"Appended to {options.csv}")
     short = [r for r in results if not r.passes]
     for r in short:
-        reason = f"{1 / r.speedup - 1:.1%} slower" if r.reduction == 0 else f"{r.share_of_bound:.3f} of the bound"
+        slower, share = f"{1 / r.speedup - 1:.1%} slower", f"{r.share_of_bound:.3f} of the bound"
+        reason = slower if r.reduction == 0 else share
         console.print(f"[red]reduction {r.reduction:.1%}: {reason}[/]")
     return 1 if options.check and short else 0
 

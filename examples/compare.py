@@ -39,8 +39,7 @@ try:
     import tiny_checkpoint
 except ModuleNotFoundError as missing:
     raise SystemExit(
-        f"compare.py needs {missing.name}, which is not installed: "
-        'run `pip install "illava[examples]"`'
+        f'compare.py needs {missing.name}, which is not installed: run `pip install "illava[examples]"`'
     ) from missing
 
 MAX_FRAMES = 16
@@ -211,9 +210,7 @@ def read_clip(path: Path) -> dict[str, Any]:
             rate = float(container.streams.video[0].average_rate or 24)
             total = sum(packet.size > 0 for packet in container.demux(video=0))
     except (av.error.InvalidDataError, IndexError) as error:  # no container, or only sound in it
-        raise SystemExit(
-            f"--video {path} holds no video that FFmpeg can read; give another file"
-        ) from error
+        raise SystemExit(f"--video {path} holds no video that FFmpeg can read; give another file") from error
     wanted = set(np.linspace(0, total - 1, min(MAX_FRAMES, total)).round().astype(int).tolist())
     with av.open(path) as container:
         frames = [
@@ -284,9 +281,7 @@ def result_table(result: Comparison) -> Table:
     pictures, flops = result.report.pictures, result.report.flops
     tokens = sum(picture.tokens for picture in pictures)
     final_tokens = sum(picture.final_tokens for picture in pictures)
-    bound = (flops.vision.without + flops.language.without) / (
-        flops.vision.with_ + flops.language.with_
-    )
+    bound = (flops.vision.without + flops.language.without) / (flops.vision.with_ + flops.language.with_)
     speedup = result.unpatched.prefill_seconds / result.patched.prefill_seconds
     caption = f"first token {speedup:.2f}× as fast; {bound:.2f}× less arithmetic"
     spread = max(result.unpatched.spread, result.patched.spread)
@@ -351,9 +346,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--image", type=existing_file, help="a picture (default: a photograph)")
     parser.add_argument("--video", type=existing_file, help="a video (default: a clip, made here)")
     parser.add_argument("--prompt", default="Describe what you see.", help="what to ask")
-    parser.add_argument(
-        "--reduction", type=float, default=0.778, help="share of the visual tokens to remove"
-    )
+    parser.add_argument("--reduction", type=float, default=0.778, help="share of the visual tokens to remove")
     parser.add_argument("--max-new-tokens", type=int, default=24, help="length of the answer")
     parser.add_argument("--runs", type=int, default=5, help="timed runs of each side")
     parser.add_argument("--device", type=torch.device, default="cuda" if cuda else "cpu")

@@ -103,9 +103,7 @@ def build(
         text: the same for the language model, e.g. `{"hidden_size": 256}`.
     """
     if family not in PROCESSORS:
-        raise ValueError(
-            f"family={family!r} has no tiny checkpoint; choose one of {', '.join(PROCESSORS)}"
-        )
+        raise ValueError(f"family={family!r} has no tiny checkpoint; choose one of {', '.join(PROCESSORS)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer()

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_checkpoint
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import illava
+import tiny_checkpoint
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
