@@ -399,3 +399,14 @@ def test_low_precision_queries_are_scored_in_fp32():
     assert scores.dtype == torch.float32
     exact = affinity(queries.bfloat16().float(), keys.bfloat16().float(), is_target, 0.3)
     torch.testing.assert_close(scores, exact)
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: 0 / 0 where a group of one has an affinity that underflows")
+def test_a_group_of_one_keeps_its_features_whatever_its_affinity():
+    """members=1 absorbs nothing: the recycled unit stays as it is, weight 1."""
+    case = Case([10], spare=0, heads=1, key_heads=1)
+    case.queries[:] = torch.ones(D) * 40
+    case.keys[:] = torch.ones(D)
+    case.keys[case.ranking(0)[2]] = -1.0
+    decision = case.select([3], members=1)
+    assert decision.weights.tolist() == [[1.0]]
