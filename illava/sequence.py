@@ -105,6 +105,7 @@ class MergedLayer(DynamicLayer):
         self.keys = self.values = None
         self.is_initialized = False
         self.positions, self.seen, self.ragged, self.history = None, 0, False, ()
+        self._expected = None
 
     def _rows(self, change: Any) -> None:
         if self.positions is not None:
