@@ -209,7 +209,11 @@ def _recycled_groups(
     own = torch.eye(widest, scores.shape[2], dtype=torch.bool, device=device)
     group = scores.masked_fill(own, float("inf")).topk(min(members, scores.shape[2]), dim=2).indices
     weights = scores.gather(2, group).clamp(min=0)  # [S', C, M]; -inf marks places of no target
-    weights = weights / weights.sum(dim=2, keepdim=True)
+    total = weights.sum(dim=2, keepdim=True)
+    # Where all affinities of a group underflow to zero, the unit (first in its group) stays itself.
+    alone = torch.zeros_like(weights)
+    alone[..., 0] = 1
+    weights = torch.where(total > 0, weights / total.clamp(min=torch.finfo(total.dtype).tiny), alone)
     sources = target_units.gather(1, group.flatten(1)).view(group.shape)  # [S', C, M]
 
     real = _real(recycled, widest, device)

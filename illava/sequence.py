@@ -75,7 +75,7 @@ class MergedLayer(DynamicLayer):
 
     def crop(self, tokens: int) -> None:
         """Forget the caller's last tokens: `-tokens` of them, or (4.57) all after the first `tokens`."""
-        target = self.seen + tokens if tokens < 0 else tokens
+        target = max(0, self.seen + tokens) if tokens < 0 else tokens
         if self.positions is None or self.keys is None or self.values is None:
             return
         if target >= self.seen or tokens == 0:
@@ -114,7 +114,7 @@ class MergedLayer(DynamicLayer):
 
 def is_merged(cache: Any) -> bool:
     """Whether a patched model has filled this cache with merged sequences."""
-    return isinstance(cache, Cache) and any(isinstance(layer, MergedLayer) for layer in cache.layers)
+    return isinstance(cache, Cache) and any(isinstance(x, MergedLayer) for x in getattr(cache, "layers", ()))
 
 
 def check_cache(cache: Any) -> None:
@@ -125,7 +125,7 @@ def check_cache(cache: Any) -> None:
     """
     if cache is None:
         return
-    kinds = {type(layer) for layer in cache.layers} if isinstance(cache, Cache) else set()
+    kinds = {type(layer) for layer in getattr(cache, "layers", ())} if isinstance(cache, Cache) else set()
     if not isinstance(cache, DynamicCache) or not kinds <= {DynamicLayer, MergedLayer}:
         layers = ", ".join(sorted(kind.__name__ for kind in kinds)) or type(cache).__name__
         raise CacheError(

@@ -156,9 +156,6 @@ def test_inputs_are_left_as_they_were():
     assert all(map(torch.equal, before, (q, k, lse)))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG: range() arg 3 must not be zero; reached by a prompt without text"
-)
 def test_no_query_at_all():
     q, k = random(2, 4, 0, D), random(2, 2, 5, D)
     positions = dict(q_positions=causal(2, 0), k_positions=causal(2, 5))
@@ -224,7 +221,7 @@ def test_the_spy_sees_a_full_matrix():
 def test_no_matrix_of_n_by_n_for_attention_received(given, positions):
     q = random(1, 1, N, D)
     lse = torch.zeros(1, 1, N) if given else None
-    assert LIMIT < N * N / 8
+    assert LIMIT < N * N / 4
     with Largest() as largest:
         streaming.attention_received(q, q, scale=SCALE, lse=lse, **positions)
     assert largest.elements <= LIMIT

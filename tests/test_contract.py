@@ -240,6 +240,17 @@ def test_a_failed_patch_leaves_no_trace(monkeypatch):
     assert trace(model) == before
 
 
+def test_reduction_0_runs_nothing_of_illavas():
+    """So it costs nothing: no hook, no view of a config, on any module."""
+    model = tiny.build("qwen2_5_vl")
+    before = trace(model)
+    with illava.patch(model, reduction=0):
+        now = trace(model)
+        assert [name for name in before if now[name] != before[name]] == ["model"]
+        assert set(now["model"][1]) - set(before["model"][1]) == {"_illava_handle"}
+        assert now["model"][2:] == before["model"][2:]
+
+
 def test_other_models_are_untouched():
     one, other = tiny.build("qwen2_5_vl"), tiny.build("qwen2_5_vl")
     inputs = tiny.prompt(*tiny.PROMPTS["one picture"])

@@ -401,7 +401,6 @@ def test_low_precision_queries_are_scored_in_fp32():
     torch.testing.assert_close(scores, exact)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: 0 / 0 where a group of one has an affinity that underflows")
 def test_a_group_of_one_keeps_its_features_whatever_its_affinity():
     """members=1 absorbs nothing: the recycled unit stays as it is, weight 1."""
     case = Case([10], spare=0, heads=1, key_heads=1)

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Scores held at once: 2 MiB in fp32 on a CPU, where they should stay in the cache, 64 MiB elsewhere.
-BLOCK_ELEMENTS_CPU = 2**19
+# Scores held at once: 4 MiB in fp32 on a CPU, where they should stay in the cache, 64 MiB elsewhere.
+BLOCK_ELEMENTS_CPU = 2**20
 BLOCK_ELEMENTS = 2**24
 
 
@@ -59,7 +59,7 @@ def attention_received(
         ones = probabilities.new_ones((1, 1, block)).expand(len(rows), 1, block)
         received.index_add_(0, rows, torch.bmm(ones, probabilities)[:, 0])  # [slices, L]
     if q_positions is None or k_positions is None:
-        return received / (heads * length)
+        return received / (heads * max(1, length))
     return received / (heads * _seen_by(q_positions, k_positions).clamp(min=1))
 
 
@@ -77,7 +77,7 @@ def log_sum_exp(
         for _, _, _, scores in _score_blocks(q, k, scale, None, q_positions, k_positions)
     ]
     # Blocks come slice by slice, and within a slice query by query.
-    return torch.cat([p.flatten() for p in parts]).view(q.shape[:3])
+    return torch.cat([q.new_zeros(0, dtype=torch.float32), *(p.flatten() for p in parts)]).view(q.shape[:3])
 
 
 def block_rows(device: torch.device, slices: int, keys: int) -> int:
@@ -101,6 +101,8 @@ def _score_blocks(
         `None`), and their scores `[slices, q, L]`, -inf where unseen. The next block overwrites them.
     """
     batch, heads, length, _ = q.shape
+    if length == 0:
+        return
     key_heads, keys = k.shape[1], k.shape[2]
     queries = q.float() * scale
     columns = k.float()
