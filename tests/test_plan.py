@@ -284,6 +284,12 @@ def test_a_wrong_setting_is_named_with_its_value_and_what_to_give(settings, mess
     assert isinstance(caught.value, illava.IllavaError)
 
 
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="BUG: 'float' object is not iterable, no PlanError")
+def test_a_fraction_is_no_layer():
+    with pytest.raises(illava.PlanError, match=r"vit_layers=1\.5"):
+        Plan(vit_layers=1.5)
+
+
 def test_limits_of_the_ranges_are_allowed():
     Plan(reduction=0, encoder_share=0, recycled=1, members=1)
     Plan(encoder_share=1, vit_keep_ratio=1, llm_keep_ratio=1)
