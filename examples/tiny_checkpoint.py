@@ -3,9 +3,9 @@
 The folder is an ordinary one: the model is the genuine class, and so are its tokenizer, image
 processor and video processor, so every tool that takes the path of a checkpoint takes this one:
 
-    python tiny_checkpoint.py /tmp/tiny-qwen
-    AutoProcessor.from_pretrained("/tmp/tiny-qwen")
-    AutoModelForImageTextToText.from_pretrained("/tmp/tiny-qwen")
+    python tiny_checkpoint.py tiny-qwen
+    AutoProcessor.from_pretrained("tiny-qwen")
+    AutoModelForImageTextToText.from_pretrained("tiny-qwen")
 
 It answers nonsense (nobody trained it), at the speed that its shape deserves. The same folder
 loads in transformers 4.57 and 5.x, whichever of the two built it.

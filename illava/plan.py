@@ -335,6 +335,8 @@ def _layer_tuple(name: str, layers: Any) -> tuple[int, ...] | None:
         return None
     if isinstance(layers, int):
         raise PlanError(f"{name}={layers} is a single number; give a tuple, {name}=({layers},)")
+    if not isinstance(layers, Iterable) or isinstance(layers, str):
+        raise PlanError(f"{name}={layers!r} is not a tuple of layers; give for example {name}=(2, 8)")
     layers = tuple(layers)
     wrong = [x for x in layers if not isinstance(x, int) or isinstance(x, bool) or x < 0]
     if wrong:

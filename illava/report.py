@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -160,11 +161,14 @@ def build_report(
     visual = call.visual
     if visual is None:
         raise ValueError("a report needs a call that brought pictures")
+    encodings = _encodings(pool, visual.kinds, call.segment_rows)
     pictures: list[PictureRecord] = []
     by_row: list[list[SegmentSchedule]] = [[] for _ in range(rows)]
     for number, (kind, tokens) in enumerate(zip(visual.kinds, visual.tokens, strict=True)):
         row, alive = call.segment_rows[number], call.counts[0][number]
-        match = _encoding(pool, number, tokens, alive)
+        match = encodings[number]
+        if match is not None and (match[1].tokens, match[1].encoder_tokens) != (tokens, alive):
+            match = None  # not encoded under this plan
         vit = match[1].vit if match else ()
         llm: list[tuple[int, int, int]] = []
         left = alive
@@ -185,11 +189,24 @@ def build_report(
     return Report(tuple(pictures), flops, backend)
 
 
-def _encoding(
-    pool: list[tuple[tuple[int, int, int], SegmentSchedule]], number: int, tokens: int, alive: int
-) -> tuple[tuple[int, int, int], SegmentSchedule] | None:
-    """The encoder call a picture came from: the next in turn, or, where beams repeat pictures, one of
-    its size. `None` for features that were not encoded under this plan.
+def _encodings(
+    pool: list[tuple[tuple[int, int, int], SegmentSchedule]], kinds: Sequence[str], rows: Sequence[int]
+) -> list[tuple[tuple[int, int, int], SegmentSchedule] | None]:
+    """The encoded picture behind each segment; `None` for features that the caller brought along.
+
+    `generate` encodes first and repeats rows for beams and several answers afterwards: where there
+    are more segments than encoded pictures, the first row of each group is the one they came from.
     """
-    turns = pool[number % len(pool) :] + pool if pool else []
-    return next((pair for pair in turns if (pair[1].tokens, pair[1].encoder_tokens) == (tokens, alive)), None)
+    repeats, rest = divmod(len(kinds), len(pool)) if pool else (0, 1)
+    if rest or not repeats:
+        return [None] * len(kinds)
+    counter: Counter[tuple[str, int]] = Counter()
+    places = []  # kind, row, and which picture of its kind in that row
+    for kind, row in zip(kinds, rows, strict=True):
+        places.append((kind, row, counter[kind, row]))
+        counter[kind, row] += 1
+    first = [place for place in places if place[1] % repeats == 0]
+    if len(first) != len(pool):
+        return [None] * len(kinds)
+    origin = dict(zip(first, pool, strict=True))
+    return [origin.get((kind, row - row % repeats, nth)) for kind, row, nth in places]

@@ -1,8 +1,8 @@
-"""Every place that is checked, in every family, and that a refusal leaves a model as it was.
+"""Every place that is checked, in every family, and that a refusal leaves a model as it was."""
 
-Messages of single errors are in test_errors.py; here are the tables behind them.
-"""
-
+import os
+import subprocess
+import sys
 import types
 
 import pytest
@@ -140,6 +140,12 @@ def test_plan_and_settings_at_once(model):
         illava.patch(model, plan=illava.Plan(), members=3, score="lse")
 
 
+@pytest.mark.parametrize("name", ["keep", "merge_size", "depth"])
+def test_a_setting_that_does_not_exist(model, name):
+    with pytest.raises(TypeError, match=name):
+        illava.patch(model, **{name: 1})
+
+
 # ---------------------------------------------------------------- another tool's code
 
 PLACES = {
@@ -270,6 +276,18 @@ def test_unwrapping(own):
     assert checks.unwrap(torch.nn.DataParallel(torch.compile(own))) is own
 
 
+def test_unpatching_what_is_not_patched_does_nothing(model):
+    before = trace(model)
+    illava.unpatch(model)
+    illava.unpatch(model.model)
+    assert trace(model) == before
+    handle = illava.patch(model, **PLAN)
+    assert repr(handle).startswith(f"<illava.Handle on {type(model.model).__name__}: encoder blocks [0, 1]")
+    handle.remove()
+    handle.remove()
+    assert f"removed from {type(model.model).__name__}" in repr(handle)
+
+
 def test_unpatching_through_any_door(own):
     before = trace(own)
     for door in (own, own.model, torch.nn.DataParallel(own)):
@@ -392,6 +410,30 @@ def test_checkpointing_is_refused_in_training_alone(own):
         own(**tiny.prompt([6])).logits.sum().backward()  # without a picture nothing merges
 
 
+@pytest.mark.parametrize("layers", [dict(llm_layers=()), dict(vit_layers=())], ids=str)
+def test_checkpointing_is_refused_by_the_stage_that_merges(own, layers):
+    with illava.patch(own, **PLAN | layers):
+        own.train()
+        own.gradient_checkpointing_enable()
+        with pytest.raises(illava.UnsupportedInputError, match="gradient_checkpointing_disable"):
+            own(**tiny.prompt(PROMPT))
+        own.gradient_checkpointing_disable()
+        own(**tiny.prompt(PROMPT)).logits.sum().backward()
+
+
+def test_the_encoders_own_dead_features_are_refused_where_nothing_says_what_they_are(patched):
+    """Features of the patched encoder put into `inputs_embeds` by hand, without ids."""
+    inputs = tiny.prompt(PROMPT)
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        features = patched.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+        features = torch.cat(list(getattr(features, "pooler_output", features)))
+        assert features.isneginf().all(1).any()
+        embeds = patched.get_input_embeddings()(ids).masked_scatter((ids == tiny.IMAGE)[..., None], features)
+        with pytest.raises(illava.UnsupportedInputError, match="mm_encoder_outputs"):
+            patched(inputs_embeds=embeds, position_ids=positions_like(ids))
+
+
 def test_dead_features_without_ids_are_refused_and_live_ones_are_not(patched):
     embeds = torch.randn(1, 9, 32)
     positions = torch.arange(9).expand(3, 1, -1)
@@ -463,3 +505,16 @@ def test_public_names_are_those_that_can_be_looked_up():
         illava.nothing  # noqa: B018
     with pytest.raises(ImportError):
         from illava import nothing  # noqa: F401
+
+
+def test_importing_loads_neither_torch_nor_transformers_and_is_quick():
+    code = (
+        "import sys, time; start = time.perf_counter(); import illava; took = time.perf_counter() - start;"
+        "print(took < 0.5, *({'torch', 'transformers', 'rich'} & set(sys.modules)))"
+    )
+    root = os.path.dirname(os.path.dirname(illava.__file__))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": root},
+    )  # fmt: skip
+    assert done.stdout.split() == ["True"]

@@ -89,7 +89,6 @@ def test_beams_count_as_rows(model):
     assert {p.row for p in pictures} == set(range(len(pictures)))
 
 
-@pytest.mark.xfail(tiny.V5, strict=True, reason="BUG: a beam of the first picture is given the second's grid")
 def test_beams_of_pictures_of_one_size_keep_their_own_grid(model):
     with illava.patch(model, **PLAN) as handle:
         inputs = tiny.prompt([5, tiny.A, 7], [3, tiny.B, 4])
@@ -272,8 +271,8 @@ def test_unmerged_operations_are_those_torch_counts(plain, name):
     vision, language = watched(plain, [20, *pictures, 30])
     text = 50 + 2 * len(pictures)
     language -= causal_half(plain, [text + report.tokens] * 4)
-    assert report.flops.vision.without == pytest.approx(vision, rel=0.03)
-    assert report.flops.language.without == pytest.approx(language, rel=0.03)
+    assert report.flops.vision.without == pytest.approx(vision, rel=1e-6)
+    assert report.flops.language.without == pytest.approx(language, rel=0.005)  # rotary angles
 
 
 @pytest.mark.parametrize("settings", [PLAN, PLAN | dict(vit_layers=()), PLAN | dict(llm_layers=())], ids=str)
@@ -288,9 +287,9 @@ def test_merged_operations_are_about_those_torch_counts(plain, name, settings, m
         report, plan = handle.report, handle.plan
     lengths = llm_lengths(plan, 50 + 2 * len(pictures), pictures)
     language -= causal_half(plain, lengths)
-    # Windows need not lose tokens evenly, as the count takes them to.
-    assert report.flops.vision.with_ == pytest.approx(vision, rel=0.1)
-    assert report.flops.language.with_ == pytest.approx(language, rel=0.03)
+    # Windows need not lose tokens evenly, as the count takes them to, and spans are padded to each other.
+    assert report.flops.vision.with_ == pytest.approx(vision, rel=0.05)
+    assert report.flops.language.with_ == pytest.approx(language, rel=0.005)  # rotary angles
 
 
 @pytest.mark.parametrize("name", PICTURES)
