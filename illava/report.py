@@ -11,8 +11,11 @@ from illava.flops import Flops, ModelShape, count_flops
 from illava.plan import ModelPlan, SegmentSchedule
 
 if TYPE_CHECKING:
+    from illava.families.seams import VisualInput
     from illava.language import LanguageCall
     from illava.vision import EncoderRecord
+
+Encoding = tuple[tuple[int, int, int], SegmentSchedule]  # a picture's grid, and what the plan did to it
 
 
 @dataclass(frozen=True)
@@ -156,12 +159,12 @@ def build_report(
     """
     calls = list(encoded or ())
     pool = [pair for c in calls for pair in zip(c.grids, c.schedules, strict=True)]
-    schedules = [schedule for _, schedule in pool]
 
     visual = call.visual
     if visual is None:
         raise ValueError("a report needs a call that brought pictures")
-    encodings = _encodings(pool, visual.kinds, call.segment_rows)
+    encodings, used = _encodings(pool, visual, call.segment_rows)
+    schedules = [schedule for _, schedule in used]
     pictures: list[PictureRecord] = []
     by_row: list[list[SegmentSchedule]] = [[] for _ in range(rows)]
     for number, (kind, tokens) in enumerate(zip(visual.kinds, visual.tokens, strict=True)):
@@ -190,23 +193,23 @@ def build_report(
 
 
 def _encodings(
-    pool: list[tuple[tuple[int, int, int], SegmentSchedule]], kinds: Sequence[str], rows: Sequence[int]
-) -> list[tuple[tuple[int, int, int], SegmentSchedule] | None]:
-    """The encoded picture behind each segment; `None` for features that the caller brought along.
+    pool: Sequence[Encoding], visual: VisualInput, rows: Sequence[int]
+) -> tuple[list[Encoding | None], Sequence[Encoding]]:
+    """The encoded picture behind each segment, `None` for features that the caller brought along, and
+    the part of `pool` this call used: its end, for earlier pictures may have been encoded for nobody.
 
-    `generate` encodes first and repeats rows for beams and several answers afterwards: where there
-    are more segments than encoded pictures, the first row of each group is the one they came from.
+    `generate` encodes first and repeats rows for beams and several answers afterwards: the first row
+    of each group is the one they came from.
     """
-    repeats, rest = divmod(len(kinds), len(pool)) if pool else (0, 1)
-    if rest or not repeats:
-        return [None] * len(kinds)
     counter: Counter[tuple[str, int]] = Counter()
     places = []  # kind, row, and which picture of its kind in that row
-    for kind, row in zip(kinds, rows, strict=True):
+    for kind, row in zip(visual.kinds, rows, strict=True):
         places.append((kind, row, counter[kind, row]))
         counter[kind, row] += 1
-    first = [place for place in places if place[1] % repeats == 0]
-    if len(first) != len(pool):
-        return [None] * len(kinds)
-    origin = dict(zip(first, pool, strict=True))
-    return [origin.get((kind, row - row % repeats, nth)) for kind, row, nth in places]
+    for repeats in range(1, max(rows) + 2):
+        first = [i for i, (_, row, _) in enumerate(places) if row % repeats == 0]
+        used = pool[len(pool) - len(first) :] if len(first) <= len(pool) else ()
+        if used and [s.tokens for _, s in used] == [visual.tokens[i] for i in first]:
+            origin = {places[i]: encoding for i, encoding in zip(first, used, strict=True)}
+            return [origin.get((kind, row - row % repeats, nth)) for kind, row, nth in places], used
+    return [None] * len(places), ()

@@ -262,7 +262,7 @@ def test_removes_nothing(settings, nothing):
         (dict(merge="tome"), r"merge='tome' is not known; choose one of 'recycle', 'prune', 'linear'"),
         (dict(queries="cls"), r"queries='cls' is not known; choose one of 'text', 'all', 'visual', 'last'"),
         (dict(window_score="x"), r"window_score='x' is not known; choose one of 'window', 'picture'"),
-        (dict(vit_layers=5), r"vit_layers=5 is not a tuple of layers; give for example vit_layers="),
+        (dict(vit_layers=5), r"vit_layers=5 is a single number; give a tuple, vit_layers=\(5,\)"),
         (dict(llm_layers=(1, 1)), r"llm_layers=\(1, 1\) names a layer twice; each layer merges once"),
         (dict(llm_layers=(2, -1)), r"llm_layers=\(2, -1\): \[-1\] are not layer numbers.*count from 0"),
         (dict(vit_layers=(True,)), r"vit_layers=\(True,\): \[True\] are not layer numbers"),

@@ -80,6 +80,24 @@ def test_a_report_is_of_the_last_call_alone(model):
         assert [p.grid for p in handle.report.pictures] == [tiny.V.grid]
 
 
+@pytest.mark.parametrize("before", ["encoder alone", "a call that failed"])
+def test_pictures_encoded_for_nobody_are_not_reported(model, before):
+    inputs = tiny.prompt([5, tiny.A, 7])
+    with illava.patch(model, **PLAN) as handle, torch.no_grad():
+        model(**inputs)
+        wanted = handle.report
+        if before == "encoder alone":
+            model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+        else:
+            broken = inputs | dict(input_ids=inputs["input_ids"].clone())
+            broken["input_ids"][0, 8] = 7  # a placeholder is missing
+            positions = torch.arange(broken["input_ids"].shape[1]).expand(3, 1, -1)
+            with pytest.raises((ValueError, RuntimeError)):
+                model(**broken, position_ids=positions)
+        model(**inputs)
+        assert handle.report == wanted
+
+
 def test_beams_count_as_rows(model):
     with illava.patch(model, **PLAN) as handle:
         inputs = tiny.prompt([5, tiny.A, 7], [3, tiny.C, 4])
