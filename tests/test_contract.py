@@ -5,7 +5,6 @@ import copy
 import pytest
 import tiny
 import torch
-import transformers
 from transformers import TextStreamer
 
 import illava
@@ -266,7 +265,3 @@ def test_copying_needs_removal():
     with illava.patch(model), pytest.raises(illava.AlreadyPatchedError, match="remove"):
         copy.deepcopy(model)
     copy.deepcopy(model)
-
-
-def test_versions_are_reported():
-    assert transformers.__version__.startswith(("4.57", "5."))
