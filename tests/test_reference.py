@@ -1,9 +1,9 @@
 """The package against an independent reference: same choices, same features, same logits."""
 
 import pytest
-import reference
 import tiny
 import torch
+from references import qwen2_vl as reference
 
 import illava
 from illava.language import LanguageCall

@@ -7,55 +7,19 @@ modules; the flow between them is spelt out here. Give it an unpatched model: ho
 Sizes in the shape comments: S tokens or patches alive now, H heads, d head size, D hidden size, g patches of a unit.
 """
 
-from dataclasses import dataclass
-
 import torch
 
-
-@dataclass
-class Options:
-    """How to choose and how to merge; these are the keyword options of `forward` and `generate`."""
-
-    recycled: float = 0.05  # share of the kept units that absorb others
-    members: int = 5  # units in a recycled unit's group, itself included
-    score: str = "attention"  # or "lse"
-    merge: str = "recycle"  # or "prune", "linear"
-    queries: str = "text"  # LLM: or "all", "visual", "last"
-    window_score: str = "window"  # encoder: or "picture"
-
-
-@dataclass
-class Merge:
-    """What one merge did to one segment; a segment from which nothing is removed leaves no entry.
-
-    `kept` and `recycled` number the segment's original units: the frame's units in window order in the encoder,
-    the picture's units in raster order in the LLM. `recycled` is empty for merge="prune" and, for merge="linear",
-    holds the one unit that carries the sum. `segment` counts from 0 within one encoder call, or over the prompt.
-    """
-
-    stage: str  # "vit" or "llm"
-    layer: int
-    segment: int
-    kept: list[int]
-    recycled: list[int]
-    features: torch.Tensor  # [len(kept) * g, D] of the encoder, [len(kept), D] of the LLM
-    source: str  # "image" or "video": which of the two encoder calls, or what the LLM segment shows
-
-
-@dataclass
-class Result:
-    """What `forward` returns."""
-
-    logits: torch.Tensor  # [L, vocab]; a position merged away has a zero final hidden state
-    merges: list[
-        Merge
-    ]  # images' blocks, then videos' blocks, then decoder layers; segments ascending in each
-    alive: list[
-        list[bool]
-    ]  # alive[l][position]: is it an input of decoder layer l; alive[-1]: after the last layer
-    features: (
-        torch.Tensor
-    )  # [n_units, D] after the merger: images' units, then videos', raster order; dead rows -inf
+from references.core import (
+    Merge,
+    Options,
+    Result,
+    asking_queries,
+    attend,
+    importance_of,
+    merge_segment,
+    rotate,
+    same,
+)
 
 
 @torch.no_grad()
@@ -306,22 +270,6 @@ def read(model, input_ids, prompt_length, seen, position_ids, removed, options):
     return model.lm_head(hidden), merges, alive
 
 
-def asking_queries(held, segment_of, segment, prompt_length, queries):
-    """Which alive tokens count as queries for this segment, `[S]` bool; causality is the caller's."""
-    prompt = [position for position in held if position < prompt_length]
-    text = [position for position in prompt if segment_of[position] is None]
-    end = max(position for position in held if segment_of[position] == segment)
-    if queries == "visual":
-        asking = [position for position in prompt if segment_of[position] is not None]
-    elif queries == "last":
-        asking = prompt[-1:]
-    elif queries == "text" and any(position > end for position in text):
-        asking = text
-    else:  # "all", and "text" for a segment that no text follows
-        asking = prompt
-    return torch.tensor([position in asking for position in held])
-
-
 def decoder_angles(config, position_ids):
     """Rotation angles `[L, d]`: the sections of the frequencies turn with time, height and width in turn."""
     rope = getattr(config, "rope_parameters", None)  # transformers 5; 4.57 has rope_theta and rope_scaling
@@ -334,90 +282,3 @@ def decoder_angles(config, position_ids):
         [part[axis % 3] for axis, part in enumerate(turns.split(sections, dim=-1))], dim=-1
     )  # [L, d/2]
     return torch.cat([angles, angles], dim=-1)
-
-
-# ---------------------------------------------------------------- attention
-
-
-def rotate(x, angles):
-    """Rotary embedding of `x [H, S, d]`; feature i is paired with feature i + d/2."""
-    first, second = x.chunk(2, dim=-1)
-    return x * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
-
-
-def same(labels):
-    """`[S, S]` bool: do two tokens carry the same label."""
-    return torch.tensor([[a == b for b in labels] for a in labels])
-
-
-def scores_of(q, k, allowed):
-    """Scaled scores `[H, S, S]`, -inf where query i (row) may not attend to key j (column)."""
-    return (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).masked_fill(~allowed, float("-inf"))
-
-
-def attend(q, k, v, allowed):
-    """Softmax attention with the heads joined again, `[S, H * d]`."""
-    return (scores_of(q, k, allowed).softmax(-1) @ v).transpose(0, 1).flatten(1)
-
-
-def importance_of(q, k, allowed, counted, score):
-    """Importance `[S]` of every token.
-
-    "attention": the probability that key j receives, averaged over the heads and over the queries i with
-    `counted[i, j]`; the probabilities are those over all that `allowed` admits. "lse": of token i's own query row.
-    """
-    scores = scores_of(q, k, allowed)
-    if score == "lse":
-        return scores.logsumexp(-1).mean(0)
-    received = scores.softmax(-1).mean(0) * counted  # [S, S]
-    return received.sum(0) / counted.sum(0)  # nan for a key that nobody asks about: text, never read
-
-
-# ---------------------------------------------------------------- selecting and merging
-
-
-def merge_segment(x, q, k, importance, removed, g, options):
-    """Merge one segment of N units: indices of the kept and the recycled units, and the features of the kept.
-
-    Args:
-        x: features `[N * g, D]`.
-        q, k: rotated queries and keys of the same layer, `[H, N * g, d]`.
-        importance: of every member, `[N * g]`.
-        removed: units to remove, at least 1.
-        g: members of a unit.
-    """
-    n = len(x) // g
-    keep = n - removed
-    units = x.reshape(n, g, -1)
-    unit_importance = importance.reshape(n, g).mean(1).tolist()
-    order = sorted(
-        range(n), key=lambda u: -unit_importance[u]
-    )  # stable: of equals the earlier unit comes first
-    merged = units.clone()
-    recycled = []
-
-    if options.merge == "linear":
-        ascending = order[keep - 1 :][::-1]  # the R + 1 least important, the least first
-        weights = torch.arange(len(ascending), 0, -1).float()  # R + 1, R, ..., 1
-        weights = weights / weights.sum()
-        recycled = [ascending[-1]]
-        merged[ascending[-1]] = (weights[:, None, None] * units[ascending]).sum(0)
-    elif options.merge == "recycle":
-        n_recycled = min(keep, max(1, round(options.recycled * keep)))
-        recycled = sorted(order[keep - n_recycled : keep])
-        targets = sorted(order[keep - n_recycled :])  # recycled and discarded ones, in held order
-        target_rows = [u * g + slot for u in targets for slot in range(g)]
-        for unit in recycled:
-            scores = q[:, unit * g : (unit + 1) * g] @ k[:, target_rows].transpose(1, 2) * q.shape[-1] ** -0.5
-            probs = scores.softmax(-1)  # [H, g, T * g]
-            affinity = probs.reshape(len(q), g, len(targets), g).mean((0, 1, 3))  # [T]
-            own = targets.index(unit)
-            others = [t for t in range(len(targets)) if t != own]
-            others = sorted(others, key=lambda t: -affinity[t].item())  # stable again
-            group = [own] + others[: options.members - 1]
-            weights = affinity[group] / affinity[group].sum()
-            members = units[[targets[t] for t in group]]  # [group, g, D]: slot s of a member goes into slot s
-            merged[unit] = (weights[:, None, None] * members).sum(0)
-
-    kept = sorted(order[:keep])
-    return kept, recycled, merged[kept].flatten(0, 1)
