@@ -100,10 +100,8 @@ def build(
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
-        if name.endswith(
-            ("cls_token", "position_embeddings")
-        ):  # zero by default, so that tiles have no layout
-            weight.data = 0.5 * noise
+        if name.endswith(("cls_token", "position_embeddings")):
+            weight.data = 0.5 * noise  # zero by default: tiles would have no layout
         elif "lambda_" in name:  # 0.1 by default: attention and feed-forward would hardly show
             weight.data = 0.8 + 0.2 * noise
         elif weight.ndim == 1 and name.endswith("weight"):  # norms
@@ -124,9 +122,8 @@ def processor():
     )  # fmt: skip
     reader = tokenizer(special, pad=PAD, eos=EOS, **named)
     reader.model_input_names = ["input_ids", "attention_mask"]  # as Qwen's: no token_type_ids in 4.57
-    image_processor = (
-        transformers.GotOcr2ImageProcessor if V5 else transformers.GotOcr2ImageProcessorFast
-    )  # 4.57 keeps the one that computes in torch, as checkpoints ask for, under this name
+    # Checkpoints ask for the one that computes in torch, which 4.57 calls fast.
+    image_processor = transformers.GotOcr2ImageProcessor if V5 else transformers.GotOcr2ImageProcessorFast
     size = {"height": TILE, "width": TILE}
     return transformers.InternVLProcessor(
         image_processor=image_processor(size=size, crop_to_patches=True, max_patches=MAX_TILES),
@@ -139,7 +136,7 @@ def processor():
 def prompt(*rows, side: str = "left", dtype=torch.float32, seeds=None) -> dict:
     """Inputs for the model: one row of parts, or several as a batch padded on `side`."""
     texts, images, videos = [], [], []
-    for row, seed in zip(rows, seeds or range(len(rows)), strict=False):
+    for row, seed in zip(rows, seeds or range(len(rows)), strict=True):
         generator = torch.Generator().manual_seed(seed)
         pieces = [START]
         for part in row:
