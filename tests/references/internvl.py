@@ -1,23 +1,25 @@
-"""Visual token merging in InternVL (`InternVLForConditionalGeneration`), written plainly, for tests to compare against.
+"""Visual token merging in InternVL, written plainly, for tests to compare against.
 
 One sequence, no padding, no cache. Every attention is a full matrix, every choice a Python loop, and nothing
-is shared with the package under test. The Hugging Face model lends its weights, its norms, its feed-forward modules
-and its projector; the flow between them is spelt out here. Give it an unpatched model: hooks would run too.
+is shared with the package under test. The Hugging Face model lends its weights, its norms, its feed-forward
+modules and its projector; the flow between them is spelt out here. Give it an unpatched model: hooks would
+run too.
 
-The encoder sees all tiles of the prompt in one call, those of pictures and video frames alike; each tile is a segment
-and starts with a CLS token, which asks and is asked like any patch but belongs to no unit. A language model segment is
-a run of placeholders: a picture with all its tiles, thumbnail included, or a single video frame, since the processor
-puts text between frames and the model is not told that they belong together. Every `source` is therefore "image".
+The encoder sees all tiles of the prompt in one call, those of pictures and video frames alike. Each tile is a
+segment and starts with a CLS token, which asks and is asked like any patch but belongs to no unit. A language
+model segment is a run of placeholders: a picture with all its tiles, thumbnail included, or a single video
+frame, since the processor puts text between frames and the model is not told that they belong together. Every
+`source` is therefore "image".
 
-Units of a tile go in raster order, and so do the four patches of a unit: upper left, upper right, lower left, lower
-right. That is also the order in which the pixel shuffle of Hugging Face puts their channels side by side.
+Units of a tile go in raster order, and so do the four patches of a unit: upper left, upper right, lower left,
+lower right. That is also the order in which Hugging Face's pixel shuffle puts their channels side by side.
 
-What is as FACTS.md has it: CLS, layer scale before the residual, the square grid. What it does not say:
+Easily overlooked:
   * The query and key norms of the large encoder run over all heads at once, before the heads part.
-  * Both language models merge alike; their attention differs in biases alone. There is no mRoPE: one position a token.
-  * `window_score` is idle: every block attends over the whole tile, and a tile is all that a CLS token sees.
+  * Qwen2 and Llama differ in the biases of their attention alone. There is no mRoPE: one position a token.
+  * `window_score` is idle, since every block attends over the whole tile.
 
-Sizes in the shape comments: S tokens or patches alive now, H heads, d head size, D hidden size; 4 patches of a unit.
+Sizes in the shape comments: S tokens or patches alive now, H heads, d head size, D hidden size.
 """
 
 import torch
@@ -57,7 +59,7 @@ def forward(model, inputs, vit_removed, llm_removed, **options) -> Result:
 
 @torch.no_grad()
 def generate(model, inputs, vit_removed, llm_removed, *, new_tokens, **options) -> list[int]:
-    """Decode exactly `new_tokens` tokens greedily (no stopping token), running the whole sequence anew for each.
+    """Decode exactly `new_tokens` tokens greedily (no stopping token), running the whole sequence for each.
 
     Only prompt positions are ever scored, merged or asked for attention, so the merges are the prompt's own.
     """
@@ -127,7 +129,7 @@ def see(model, pixel_values, removed_of, options):
 
 
 def embed(embeddings, pixels):
-    """One tile `[3, H, W]` as CLS and patches `[1 + units * G, D]`, unit by unit, with their positions added."""
+    """One tile `[3, H, W]` as CLS and patches `[1 + units * G, D]`, unit by unit, positions added."""
     patches = embeddings.patch_embeddings.projection(pixels[None])[0]  # [D, rows, columns]
     _, height, width = patches.shape
     cls = embeddings.cls_token[0, 0]
@@ -144,7 +146,7 @@ def embed(embeddings, pixels):
 
 
 def read(model, input_ids, prompt_length, features, removed_of, options):
-    """Run the language model over prompt and generated tokens: logits `[L, vocab]`, the merges, who is alive where."""
+    """Run the language model on prompt and generated tokens: logits `[L, vocab]`, merges, who lives where."""
     language, config = model.model.language_model, model.config.text_config
     length = len(input_ids)
 
