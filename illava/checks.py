@@ -36,8 +36,8 @@ def check_untouched(seams: Seams) -> None:
         for i, b in enumerate(seams.blocks)
     ]
     places += [
-        (f"attention of decoder layer {i}", getattr(b, seams.layer_attention))
-        for i, b in enumerate(seams.layers)
+        (f"attention of decoder layer {i}", getattr(seams.layers[i], seams.layer_attention))
+        for i in sorted(seams.scoring_layers)
     ]
     for place, module in places:
         own = module.__dict__.get("forward")
@@ -62,7 +62,8 @@ def check_attention(seams: Seams) -> None:
                 f"the {name} attends with {implementation!r}, whose masks illava cannot shorten; load the "
                 "model with attn_implementation='sdpa', 'eager' or 'flash_attention_2'"
             )
-    kinds = set(getattr(seams.language_model.config, "layer_types", None) or ()) - {"full_attention"}
+    kinds = set(getattr(seams.language_model.config, "layer_types", None) or ())
+    kinds -= {"full_attention", "linear_attention"}
     if kinds:
         raise SeamError(
             f"the language model has {', '.join(sorted(kinds))} layers, whose caches cannot hold merged "

@@ -52,12 +52,15 @@ class ModelShape:
     """Weights per token of a model's parts, measured once when it is patched.
 
     Attributes:
-        embed, block_attention, block_ffn, projector, layer, head: weights each token meets (the
-            projector's per visual token, all others per patch or token).
-        block_width, layer_width: channels of attention, all heads together.
-        block_spans: patches a block's attention spans at most, `None` for the whole frame.
-        layers: decoder layers.
-        unit_patches: patches of a merge unit.
+        embed, block_attention, block_ffn: weights each patch meets.
+        block_width: channels of attention, all heads together.
+        block_spans: patches each block's attention spans at most, `None` for the whole frame.
+        unit_tokens: tokens of a merge unit in each block.
+        projectors: of each, the block whose output it reads, and its weights per unit.
+        regrid: the block after which patches are joined, and that module's weights per unit.
+        layers: of each decoder layer, its weights and its channels of attention (0 for linear
+            attention, whose cost grows with the weights alone).
+        head: weights of the language model's head.
     """
 
     embed: int
@@ -65,33 +68,43 @@ class ModelShape:
     block_ffn: int
     block_width: int
     block_spans: tuple[int | None, ...]
-    projector: int
-    layer: int
-    layer_width: int
-    layers: int
+    unit_tokens: tuple[int, ...]
+    projectors: tuple[tuple[int, int], ...]
+    regrid: tuple[int, int] | None
+    layers: tuple[tuple[int, int], ...]
     head: int
-    unit_patches: int
 
 
 def measure(seams: Seams) -> ModelShape:
     """Read a model's shape off its linear layers, whatever wraps or quantises their weights."""
-    block, layer = seams.blocks[0], seams.layers[0]
+    block = seams.blocks[0]
     block_attention = getattr(block, seams.block_attention)
-    layer_attention = getattr(layer, seams.layer_attention)
     config: Any = seams.language_model.config
-    whole = seams.full_attention_blocks
+    whole, depth = seams.full_attention_blocks, len(seams.blocks)
+    total = depth + seams.unread_blocks
+    spans = [None if i in whole or i >= depth else seams.window_patches for i in range(total)]
+    unit, regrid = seams.merge_size**2, None
+    unit_tokens = [unit] * total
+    if seams.regrid is not None:
+        for number in range(seams.regrid.block + 1, total):
+            unit_tokens[number] = unit // 4
+        regrid = (seams.regrid.block, _regrid_weights(seams.regrid.module, _width(block_attention), unit))
+    layers = []
+    for number, layer in enumerate(seams.layers):
+        attends = number in seams.scoring_layers
+        width = _width(getattr(layer, seams.layer_attention)) if attends else 0
+        layers.append((_weights(layer) + _expert_weights(layer, config), width))
     return ModelShape(
         embed=sum(m.weight.numel() for m in seams.tower.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))),
         block_attention=_weights(block_attention),
         block_ffn=_weights(block) - _weights(block_attention),
         block_width=_width(block_attention),
-        block_spans=tuple(None if i in whole else seams.window_patches for i in range(len(seams.blocks))),
-        projector=_weights(seams.projector),
-        layer=_weights(layer),
-        layer_width=_width(layer_attention),
-        layers=len(seams.layers),
+        block_spans=tuple(spans),
+        unit_tokens=tuple(unit_tokens),
+        projectors=tuple((p.block, _weights(p.module)) for p in seams.projectors),
+        regrid=regrid,
+        layers=tuple(layers),
         head=config.hidden_size * config.vocab_size,
-        unit_patches=seams.unit_patches,
     )
 
 
@@ -126,22 +139,26 @@ def _after(layers: Sequence[tuple[int, int, int]]) -> dict[int, int]:
 
 
 def _vision(shape: ModelShape, schedule: SegmentSchedule, after: dict[int, int]) -> float:
-    whole = tokens = schedule.tokens * shape.unit_patches
-    total = 2.0 * shape.embed * tokens
-    for number, window in enumerate(shape.block_spans):
+    whole = units = schedule.tokens
+    total = 2.0 * shape.embed * units * shape.unit_tokens[0]
+    for number, (window, per_unit) in enumerate(zip(shape.block_spans, shape.unit_tokens, strict=True)):
+        tokens = units * per_unit
         span = tokens / schedule.frames
         if window is not None:
-            span = min(span, window * tokens / whole)
+            span = min(span, window * units / whole)
         total += 2.0 * shape.block_attention * tokens + 4.0 * shape.block_width * tokens * span
-        tokens = after.get(number, tokens // shape.unit_patches) * shape.unit_patches
-        total += 2.0 * shape.block_ffn * tokens
-    return total + 2.0 * shape.projector * tokens / shape.unit_patches
+        units = after.get(number, units)
+        total += 2.0 * shape.block_ffn * units * per_unit
+        total += sum(2.0 * weights * units for block, weights in shape.projectors if block == number)
+        if shape.regrid is not None and shape.regrid[0] == number:
+            total += 2.0 * shape.regrid[1] * units
+    return total
 
 
 def _language(shape: ModelShape, tokens: int, after: dict[int, int]) -> float:
     total = 2.0 * shape.head
-    for number in range(shape.layers):
-        total += 2.0 * shape.layer * tokens + 4.0 * shape.layer_width * tokens * (tokens + 1) / 2
+    for number, (weights, width) in enumerate(shape.layers):
+        total += 2.0 * weights * tokens + 4.0 * width * tokens * (tokens + 1) / 2
         tokens = after.get(number, tokens)
     return total
 
@@ -157,6 +174,23 @@ def _linear_layers(module: nn.Module) -> Iterator[Any]:
 
 def _weights(module: nn.Module) -> int:
     return sum(m.in_features * m.out_features for m in _linear_layers(module))
+
+
+def _expert_weights(layer: nn.Module, config: Any) -> int:
+    """Weights of the experts a token is sent to; transformers stacks all experts of a layer."""
+    chosen = getattr(config, "num_experts_per_tok", None)
+    if chosen is None:
+        return 0
+    stacks = (p for m in layer.modules() if not isinstance(m, nn.Conv1d) for p in m.parameters(recurse=False))
+    return sum(p[0].numel() * chosen for p in stacks if p.ndim == 3)
+
+
+def _regrid_weights(module: nn.Module, width: int, unit_tokens: int) -> int:
+    """Per unit: what reads single patches meets all of them, the rest only every fourth."""
+    return sum(
+        m.in_features * m.out_features * (unit_tokens if m.in_features == width else unit_tokens // 4)
+        for m in _linear_layers(module)
+    )
 
 
 def _width(attention: nn.Module) -> int:

@@ -18,7 +18,8 @@ from torch import nn
 
 from illava import sequence
 from illava.errors import AlreadyPatchedError, UnsupportedInputError
-from illava.families.seams import Seams, VisualInput, arguments
+from illava.families.packing import pack_over_dead
+from illava.families.seams import Projector, Regrid, Seams, VisualInput, arguments
 from illava.flops import measure
 from illava.language import LanguageCall, refuse_unserved
 from illava.plan import ModelPlan
@@ -43,6 +44,8 @@ class Hooks:
         self.visual: ContextVar[VisualInput | None] = ContextVar("illava_visual", default=None)
         self.language: ContextVar[LanguageCall | None] = ContextVar("illava_language", default=None)
         self.encoded: ContextVar[deque[EncoderRecord] | None] = ContextVar("illava_encoded", default=None)
+        # An encoder call whose features are still on their way through projector and packing.
+        self.left: ContextVar[VisionCall | None] = ContextVar("illava_left", default=None)
 
     def block_attends(self, number: int) -> bool:
         """Whether encoder block `number` is attending and about to merge."""
@@ -62,33 +65,37 @@ class Hooks:
         call = VisionCall(
             self.plan,
             self.seams,
-            self.family.tower_grids(call_args),
+            self.family.layout(self.seams, call_args),
             pixels.device,
             module.config._attn_implementation,
+            records=call_args.get("output_hidden_states") not in (None, False),
         )
-        if call.removes and getattr(module, "gradient_checkpointing", False) and module.training:
+        if call.removes and _checkpoints(self.seams.tower):
             refuse_unserved(None, None, True, 0)
         self.vision.set(call)
+        self.left.set(None)
 
     def enter_block(self, number: int, args: Any, kwargs: Any) -> Any:
         call = self.vision.get()
         if call is None or (stage := call.stage(number)).first_block == 0:
             return None
-        cos, sin = kwargs["position_embeddings"]
-        kwargs["position_embeddings"] = (stage.select(cos, call.unit), stage.select(sin, call.unit))
-        kwargs["cu_seqlens"] = stage.recount(kwargs["cu_seqlens"], call.unit, call.total_units)
+        if kwargs.get("position_embeddings") is not None:
+            cos, sin = kwargs["position_embeddings"]
+            kwargs["position_embeddings"] = (stage.select(cos), stage.select(sin))
+        if kwargs.get("cu_seqlens") is not None:
+            kwargs["cu_seqlens"] = stage.recount(kwargs["cu_seqlens"])
         return args, kwargs
 
     def enter_block_attention(self, number: int, args: Any, kwargs: Any) -> Any:
         call = self.vision.get()
         if call is None or not call.merges_at(number):
             return None
-        hidden = args[0] if args else kwargs["hidden_states"]
-        spans = kwargs["cu_seqlens"]
+        spans = kwargs.get("cu_seqlens")
         call.begin_attention(number, spans)
-        # One span over everything: the module hands all tokens to illava's attention function,
-        # which attends within the real spans together.
-        kwargs["cu_seqlens"] = spans.new_tensor([0, hidden.shape[0]])
+        if spans is not None:
+            # One span over everything: the module hands all tokens to illava's attention function,
+            # which attends within the real spans together.
+            kwargs["cu_seqlens"] = spans.new_tensor([0, len(call.stage(number).tokens)])
         return args, kwargs
 
     def leave_block_attention(self) -> None:
@@ -106,7 +113,7 @@ class Hooks:
         call = self.vision.get()
         if call is None or not call.merges_at(number):
             return None
-        call.merged[number] = call.merged[number] + output
+        call.merged[number] = call.merged[number] + self.seams.finish_ffn(self.seams.blocks[number], output)
         return output.new_zeros(())  # the block adds this to its unmerged input, then drops the sum
 
     def leave_block(self, number: int, output: Any) -> Any:
@@ -114,11 +121,28 @@ class Hooks:
         if call is None or not call.merges_at(number):
             return None
         merged = call.merged.pop(number)
+        if call.outputs is not None:
+            call.outputs[number] = merged
         return (merged, *output[1:]) if isinstance(output, tuple) else merged
 
-    def leave_projector(self, module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> Any:
+    def enter_regrid(self, regrid: Regrid, module: Any, args: Any, kwargs: Any) -> Any:
         call = self.vision.get()
-        return call.full_grid(output, 1) if call is not None and call.removes else None
+        if call is None or not call.removes:
+            return None
+        return (), regrid.squeeze(arguments(module, args, kwargs), call.enter_regrid(regrid.block))
+
+    def enter_projector(self, seam: Projector, module: Any, args: Any, kwargs: Any) -> Any:
+        call = self.vision.get() or self.left.get()
+        if call is None or not call.removes or seam.squeeze is None:
+            return None
+        alive = call.stage(seam.block + 1).survivors()
+        return (), seam.squeeze(arguments(module, args, kwargs), alive)
+
+    def leave_projector(self, seam: Projector, output: Any) -> Any:
+        call = self.vision.get() or self.left.get()
+        if call is None or not call.removes:
+            return None
+        return seam.spread(output, call.stage(seam.block + 1).survivors())
 
     def leave_tower(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         call = self.vision.get()
@@ -128,23 +152,29 @@ class Hooks:
         encoded = self.encoded.get()
         if encoded is None:
             # Whoever encodes without ever asking the language model must not fill the memory.
-            self.encoded.set(encoded := deque(maxlen=64))
+            self.encoded.set(encoded := deque(maxlen=1024))
         encoded.append(call.record())
-        if not call.removes or getattr(output, "last_hidden_state", None) is None:
-            return output  # 4.57 returns the projector's output alone, which is full already
-        output.last_hidden_state = call.full_grid(output.last_hidden_state, call.unit)
+        if not call.removes:
+            return output
+        call.forget()
+        self.left.set(call)
+        if getattr(output, "last_hidden_state", None) is None:
+            return output  # 4.57 returns a projector's output alone, which is full already
+        output.last_hidden_state = call.full_grid(output.last_hidden_state, call.stages[-1])
         if getattr(output, "hidden_states", None) is not None:
-            inner = [
-                None if x is None else call.full_grid(x, call.unit, block)
-                for block, x in enumerate(output.hidden_states[:-1])
-            ]
-            output.hidden_states = (*inner, output.last_hidden_state)
+            output.hidden_states = call.full_hidden_states(output.hidden_states)
         return output
+
+    def pack(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A method of the model that crops, interpolates or pools features, run over dead rows."""
+        call = self.left.get()
+        return original(*args, **kwargs) if call is None else pack_over_dead(original, args, kwargs)
 
     # The language model -------------------------------------------------------------------------
 
     def enter_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         call_args = arguments(module, args, kwargs)
+        self.left.set(None)
         visual = self.family.visual_input(self.seams, call_args)
         embeds = call_args.get("inputs_embeds")
         if (
@@ -162,6 +192,7 @@ class Hooks:
 
     def leave_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         self.visual.set(None)
+        self.left.set(None)
         return output
 
     def enter_language(self, module: Any, args: Any, kwargs: Any) -> Any:
@@ -178,8 +209,10 @@ class Hooks:
         past = cache.get_seq_length() if cache is not None else 0
         mask = call_args.get("attention_mask")
         call = LanguageCall(
-            self.plan, embeds, visual, mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None,
+            self.plan, self.seams, embeds, visual,
+            mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None,
             past, module.config._attn_implementation, self.number,
+            records=call_args.get("output_hidden_states") not in (None, False),
         )  # fmt: skip
         if visual is not None:
             self.last = build_report(self.plan, self.shape, call, self.encoded.get(), embeds.shape[0])
@@ -188,8 +221,9 @@ class Hooks:
             return None
         sequence.check_cache(cache)
         positions = call_args.get("position_ids")
-        checkpointing = bool(getattr(module, "gradient_checkpointing", False) and module.training)
-        refuse_unserved(mask, positions if visual is not None else None, checkpointing, embeds.shape[0])
+        refuse_unserved(
+            mask, positions if visual is not None else None, _checkpoints(module), embeds.shape[0]
+        )
         if positions is None:
             positions = torch.arange(past, past + call.length, device=embeds.device).expand(
                 embeds.shape[0], -1
@@ -197,21 +231,30 @@ class Hooks:
         call_args["input_ids"] = None
         call_args["inputs_embeds"] = call.enter_features(embeds)
         call_args["position_ids"] = call.enter(positions[..., None])[..., 0]
-        # A ready-made dictionary keeps Hugging Face from making a mask of the caller's length.
-        call_args["attention_mask"] = {"full_attention": None, "sliding_attention": None}
+        call_args["attention_mask"] = self._no_mask(embeds)
+        if self.seams.additions is not None:
+            call_args = call.take_additions(self.seams.additions, call_args)
         self.language.set(call)
         return (), call_args
+
+    def _no_mask(self, embeds: torch.Tensor) -> Any:
+        """Keeps Hugging Face from making a mask of the caller's length: a mask it takes for ready."""
+        if len(self.seams.scoring_layers) < len(self.seams.layers):
+            return {"full_attention": None, "linear_attention": None}
+        return embeds.new_zeros((1, 1, 1, 1))
 
     def enter_layer(self, number: int, args: Any, kwargs: Any) -> Any:
         call = self.language.get()
         if call is None:
             return None
         stage = call.stage(number)
+        scores = number in self.seams.scoring_layers
         cache, cached = kwargs.get("past_key_values"), None
         if cache is not None:
             if number == 0:
                 sequence.check_cache(cache)  # it may have been made since the call began
-            cached = sequence.cache_layer(cache, number, stage.positions.shape[0], stage.positions.device)
+            if scores:
+                cached = sequence.cache_layer(cache, number, stage.positions.shape[0], stage.positions.device)
         if stage.first_layer > 0:
             cos, sin = kwargs["position_embeddings"]
             kwargs["position_embeddings"] = (
@@ -219,20 +262,20 @@ class Hooks:
                 sequence.take_rows(sin, stage.entry),
             )
         kwargs["position_ids"] = None  # gaps in them would be taken for packed sequences
-        kwargs["attention_mask"] = call.mask(number, cached)
-        if call.merges_at(number):
+        kwargs["attention_mask"] = call.mask(number, cached) if scores else call.padding(number)
+        if call.scores_at(number):
             call.begin_attention(number, cached)
         if cached is not None:
             call.announce(number, cached)
         return args, kwargs
 
-    def merge_layer(self, number: int, output: Any) -> Any:
+    def leave_layer(self, number: int, output: Any) -> Any:
         call = self.language.get()
-        if call is None or not call.merges_at(number):
+        if call is None or not (call.merges_at(number) or number in call.additions):
             return None
         if isinstance(output, tuple):
-            return (call.merge(number, output[0]), *output[1:])
-        return call.merge(number, output)
+            return (call.leave_layer(number, output[0]), *output[1:])
+        return call.leave_layer(number, output)
 
     def leave_language(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         call = self.language.get()
@@ -244,7 +287,8 @@ class Hooks:
             return (call.leave(output[0], depth), *output[1:])
         output.last_hidden_state = call.leave(output.last_hidden_state, depth)
         if output.hidden_states is not None:
-            inner = [None if x is None else call.leave(x, i) for i, x in enumerate(output.hidden_states[:-1])]
+            seen = [call.outputs.get(i - 1, x) for i, x in enumerate(output.hidden_states[:-1])]
+            inner = [None if x is None else call.leave(x, i) for i, x in enumerate(seen)]
             output.hidden_states = (*inner, output.last_hidden_state)
         return output
 
@@ -287,15 +331,15 @@ def attention(
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     vision = hooks.vision.get()
     if vision is not None and vision.attending is not None:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, H, D]
-        return vision.attend(q, k, v, scale)[None], None
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [rows, width, H, D]
+        return vision.attend(q, k, v, scale), None
     call = hooks.language.get()
     if call is None or call.attending is None:
         raise RuntimeError("illava's attention function called outside a merging layer")
     layer, call.attending = call.attending, None  # from here on the config tells the user's own name
     result = own_attention(module)(module, query, key, value, attention_mask, **kwargs)
     with torch.no_grad():
-        call.decide(layer, query.detach(), key.detach(), scale)
+        call.score(layer, query.detach(), key.detach(), scale)
     return result
 
 
@@ -307,3 +351,8 @@ def own_attention(module: Any) -> Callable[..., Any]:
     if name == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS[name]
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    """Whether a forward pass would be run again for its gradients."""
+    return module.training and any(getattr(m, "gradient_checkpointing", False) for m in module.modules())

@@ -16,7 +16,7 @@ from torch import Tensor
 from illava import merge, sequence
 from illava.attention import streaming
 from illava.errors import UnsupportedInputError
-from illava.families.seams import VisualInput
+from illava.families.seams import Additions, Seams, VisualInput
 from illava.plan import ModelPlan
 from illava.vision import is_dead
 
@@ -42,35 +42,65 @@ class Stage:
         return min(self.row_lengths) < self.positions.shape[1]
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What merges read of a layer's attention.
+
+    Attributes:
+        importance: `[B, n]` attention each slot receives.
+        queries, keys: `[B, n, H, D]`, rotated; of the slots alone, not of a cache.
+        scale: factor on their products.
+    """
+
+    importance: Tensor
+    queries: Tensor
+    keys: Tensor
+    scale: float
+
+    def take(self, index: Tensor) -> Scores:
+        """Those of the slots `index` `[B, n']`."""
+        rows = torch.arange(len(index), device=index.device)[:, None]
+        return Scores(
+            self.importance.gather(1, index), self.queries[rows, index], self.keys[rows, index], self.scale
+        )
+
+
 class LanguageCall:
     """State of one language model call.
 
     Args:
         plan: what to merge.
+        seams: the model's parts.
         embeds: `[B, L, d]` tokens at the caller's length; rows the encoder merged away are -inf.
         visual: which tokens are visual; `None` when the call brings no picture.
         padding_mask: `[B, past + L]` the caller's 2-D attention mask, or `None`.
         past: tokens of the caller already in the cache.
         implementation: the attention implementation the user chose.
         plan_id: tells one handle's merges from another's in a cache.
+        records: whether the caller wants every layer's output.
     """
 
     def __init__(
         self,
         plan: ModelPlan,
+        seams: Seams,
         embeds: Tensor,
         visual: VisualInput | None,
         padding_mask: Tensor | None,
         past: int,
         implementation: str,
         plan_id: int,
+        records: bool = False,
     ) -> None:
         self.settings, self.implementation, self.plan_id = plan.settings, implementation, plan_id
+        self.scored_at = plan.scored_at
+        self.records, self.outputs = records, {}  # type: bool, dict[int, Tensor]
+        self.additions: dict[int, Tensor] = {}
         self.visual, self.padding_mask, self.past = visual, padding_mask, past
         self.length, self.dtype = embeds.shape[1], embeds.dtype
         self.attending: int | None = None
         self.counts: list[list[int]] = []  # slots per segment, one entry per stage
-        self._decisions: dict[int, merge.Merge] = {}
+        self._scores: dict[int, Scores] = {}
         self._masks: dict[Any, Tensor | None] = {}
         self.unpadded = padding_mask is None or bool(padding_mask.all())
         rows = embeds.shape[0]
@@ -80,19 +110,23 @@ class LanguageCall:
             place = torch.arange(self.length, device=embeds.device).expand(rows, -1)
             self.stages = [Stage(0, place + past, place, (self.length,) * rows)]
             return
-        self._enter(plan, embeds, visual)
+        self._enter(plan, embeds, visual, seams.newline)
 
-    def _enter(self, plan: ModelPlan, embeds: Tensor, visual: VisualInput) -> None:
+    def _enter(self, plan: ModelPlan, embeds: Tensor, visual: VisualInput, newline: Tensor | None) -> None:
         """Find what the encoder left, row by row, and lay out the segments' slots."""
         device = embeds.device
         segment = visual.segment  # [B, L] on the CPU
-        real = torch.ones_like(segment, dtype=torch.bool)
-        if self.padding_mask is None:
-            dead = is_dead(embeds).cpu()
-        else:
-            mask = self.padding_mask[:, -self.length :].bool().to(device)
-            dead, real = torch.stack([is_dead(embeds), mask]).cpu()  # one transfer for both
-        dead &= segment >= 0
+        marks = {"dead": is_dead(embeds)}
+        if self.padding_mask is not None:
+            marks["real"] = self.padding_mask[:, -self.length :].bool().to(device)
+        if newline is not None:
+            marks["newline"] = (embeds == newline.to(embeds)).all(dim=-1)
+        found = dict(zip(marks, torch.stack(list(marks.values())).cpu(), strict=True))  # one transfer
+        real = found.get("real", torch.ones_like(segment, dtype=torch.bool))
+        dead = found["dead"] & (segment >= 0)
+        text = (segment < 0) & real
+        if newline is not None:  # behind a newline is no picture: it belongs to none, and always stays
+            segment = segment.masked_fill(found["newline"], -1)
         self._lost_any = bool(dead.any())
         # The caller's padding leaves as well, or a short row would keep the whole batch long. Only in
         # the last column it stays: generation goes on from there.
@@ -109,6 +143,8 @@ class LanguageCall:
         self.stages = [Stage(0, positions.to(device), entry, tuple(row_lengths))]
 
         number = len(visual.tokens)
+        own = segment.flatten()
+        self.tokens: list[int] = torch.bincount(own[own >= 0], minlength=number).tolist()
         flat = slots.flatten()
         counts = torch.bincount(flat[flat >= 0], minlength=number)
         order = flat.argsort(stable=True)[(flat < 0).sum() :]  # visual slots, segment by segment
@@ -119,11 +155,10 @@ class LanguageCall:
         self.counts = [counts.tolist()]
         self.segment_rows = (self.table[:, 0] // width).tolist()
 
-        removed = [plan.llm_removed(t, a) for t, a in zip(visual.tokens, self.counts[0], strict=True)]
+        removed = [plan.llm_removed(t, a) for t, a in zip(self.tokens, self.counts[0], strict=True)]
         self.removed = {layer: [r[i] for r in removed] for i, layer in enumerate(plan.llm_layers)}
 
-        text = (segment < 0) & real
-        self.has_later_text = sequence.later_text(segment, real, number)
+        self.has_later_text = sequence.later_text(segment, text, number)
         self._text = (text.gather(1, index) & (positions >= 0)).to(device)  # [B, n]
         self._text_width = int(text.sum(dim=1).max())
 
@@ -134,6 +169,10 @@ class LanguageCall:
 
     def merges_at(self, layer: int) -> bool:
         return any(self.removed.get(layer, ()))
+
+    def scores_at(self, layer: int) -> bool:
+        """Whether a merge, here or at a later layer, reads this layer's attention."""
+        return any(at == layer and self.merges_at(merging) for merging, at in self.scored_at.items())
 
     def stage(self, layer: int) -> Stage:
         """What `layer` is given."""
@@ -180,26 +219,36 @@ class LanguageCall:
         """Announce that `layer`'s attention runs next."""
         self.attending, self._keys = layer, self._key_positions(self.stage(layer), cached)
 
-    def decide(self, layer: int, q: Tensor, k: Tensor, scale: float) -> None:
-        """Decide `layer`'s merge from its queries `[B, H, n, D]` and keys `[B, K', K, D]`."""
-        stage, counts = self.stage(layer), self.counts[-1]
-        keys = self._keys.to(q.device)
-        importance = self._importance(q, k, keys, stage, scale)  # [B, n]
-        self.table = self.table.to(q.device)
+    def padding(self, layer: int) -> Tensor | None:
+        """`[B, n]` which slots `layer` is given are real, for a layer that needs no other mask."""
+        stage = self.stage(layer)
+        if self.length == 1 or (self.unpadded and not stage.ragged):
+            return None
+        return sequence.valid_positions(stage.positions, self.padding_mask) >= 0
+
+    def score(self, layer: int, q: Tensor, k: Tensor, scale: float) -> None:
+        """Keep what merges read: `layer`'s queries `[B, H, n, D]`, keys `[B, K', K, D]`, importance."""
+        stage = self.stage(layer)
         slots = stage.positions.shape[1]
-        new_keys = k[:, :, -slots:]
-        self._decisions[layer] = merge.select(
-            importance.flatten()[self.table],
+        self.table = self.table.to(q.device)
+        importance = self._importance(q, k, self._keys.to(q.device), stage, scale)  # [B, n]
+        queries, keys = q.transpose(1, 2), k[:, :, -slots:].transpose(1, 2)  # [B, n, H, D]
+        self._scores[layer] = Scores(importance, queries, keys, scale)
+
+    def _decide(self, layer: int) -> merge.Merge:
+        scores, counts = self._scores[self.scored_at[layer]], self.counts[-1]
+        return merge.select(
+            scores.importance.flatten()[self.table],
             self.table,
             counts,
             [n - r for n, r in zip(counts, self.removed[layer], strict=True)],
-            total_units=importance.numel(),
+            total_units=scores.importance.numel(),
             rule=self.settings.merge,
             recycled_share=self.settings.recycled,
             members=self.settings.members,
-            queries=q.transpose(1, 2).flatten(0, 1)[:, None],  # [B*n, 1, H, D]
-            keys=new_keys.transpose(1, 2).flatten(0, 1)[:, None],
-            scale=scale,
+            queries=scores.queries.flatten(0, 1)[:, None],  # [B*n, 1, H, D]
+            keys=scores.keys.flatten(0, 1)[:, None],
+            scale=scores.scale,
         )
 
     def _importance(self, q: Tensor, k: Tensor, keys: Tensor, stage: Stage, scale: float) -> Tensor:
@@ -242,9 +291,35 @@ class LanguageCall:
         chosen = range(len(self.counts[-1])) if segments is None else segments
         return torch.cat([self.table[s, : self.counts[-1][s]] for s in chosen])
 
+    def take_additions(self, names: Additions, call: dict[str, Any]) -> dict[str, Any]:
+        """Take over the features the model would add to the outputs of its first decoder layers.
+
+        It would add them at the caller's length; instead they are kept as `[B, n, d]` per layer,
+        zero for text, and added and merged with the layers' outputs.
+        """
+        places, features = call.get(names.places), call.get(names.features)
+        if places is None or features is None:
+            return call
+        places = places.to(features[0].device)
+        for layer, rows in enumerate(features):
+            full = rows.new_zeros((*places.shape, rows.shape[-1]))  # [B, L, d]
+            self.additions[layer] = self.enter_features(full.masked_scatter(places[..., None], rows))
+        return call | {names.places: None, names.features: None}
+
+    def leave_layer(self, layer: int, hidden: Tensor) -> Tensor:
+        """What follows `layer`'s output: additions of the model's own, then the merge."""
+        addition = self.additions.pop(layer, None)
+        if addition is not None:
+            hidden = hidden + addition.to(hidden)
+        if self.merges_at(layer):
+            hidden = self.merge(layer, hidden)
+        if self.records:
+            self.outputs[layer] = hidden
+        return hidden
+
     def merge(self, layer: int, hidden: Tensor) -> Tensor:
-        """Apply `layer`'s decision: `[B, n, d]` to `[B, n', d]`, padded on the left."""
-        decision, stage = self._decisions.pop(layer), self.stage(layer)
+        """Merge after `layer`: `[B, n, d]` to `[B, n', d]`, padded on the left."""
+        decision, stage = self._decide(layer), self.stage(layer)
         rows = list(stage.row_lengths)
         for segment, removed in enumerate(self.removed[layer]):
             rows[self.segment_rows[segment]] -= removed
@@ -266,8 +341,17 @@ class LanguageCall:
         self.table = moved.flatten()[decision.kept_table]
         self.counts.append(list(decision.kept_counts))
 
-        blended = decision.blend(hidden.flatten(0, 1)).view(hidden.shape)
-        return sequence.take_rows(blended, index)
+        at = self.scored_at[layer]
+        scores = self._scores.pop(at)
+        if at in [self.scored_at[later] for later in self.removed if later > layer]:
+            self._scores[at] = scores.take(index)
+
+        def apply(x: Tensor) -> Tensor:  # [B, n, d] to [B, n', d]
+            blended = decision.blend(x.flatten(0, 1)).view(x.shape)
+            return sequence.take_rows(blended, index)
+
+        self.additions = {later: apply(x) for later, x in self.additions.items()}
+        return apply(hidden)
 
     def leave(self, x: Tensor, layer: int) -> Tensor:
         """The hidden states given to `layer`, back at the caller's length: `[B, L, d]`."""

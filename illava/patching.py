@@ -9,6 +9,7 @@ sequence lives in its cache.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ def patch(model: nn.Module, *, plan: Plan | None = None, **settings: Any) -> Han
         vit_depth=len(seams.blocks),
         llm_depth=len(seams.layers),
         merge_size=seams.merge_size,
+        scoring_layers=seams.scoring_layers,
     )
     previous = getattr(seams.model, HANDLE_ATTRIBUTE, None)
     checks.check_untouched(seams)
@@ -143,9 +145,15 @@ class Handle:
         self._before(seams.tower, hooks.enter_tower)
         self._after(seams.tower, hooks.leave_tower, always=True)
         if self.plan.vit_layers:
-            self._after(seams.projector, hooks.leave_projector)
+            for seam in seams.projectors:
+                self._before(seam.module, partial(hooks.enter_projector, seam))
+                self._after(seam.module, lambda m, a, k, out, seam=seam: hooks.leave_projector(seam, out))
             for number in range(self.plan.vit_layers[0], len(seams.blocks)):
                 self._hook_block(number)
+            if seams.regrid is not None:
+                self._before(seams.regrid.module, partial(hooks.enter_regrid, seams.regrid))
+            for name in seams.packing:
+                self._wrap_method(seams.model, name, hooks.pack)
         self._before(seams.model, hooks.enter_model)
         self._after(seams.model, hooks.leave_model, always=True)
         self._before(seams.language_model, hooks.enter_language)
@@ -168,11 +176,13 @@ class Handle:
 
     def _hook_layer(self, number: int) -> None:
         hooks, layer = self._hooks, self._seams.layers[number]
+        added = self._seams.additions.layers if self._seams.additions is not None else 0
         self._before(layer, lambda m, a, k: hooks.enter_layer(number, a, k))
-        if number not in self.plan.llm_layers:
-            return
-        self._view_config(getattr(layer, self._seams.layer_attention), lambda: hooks.layer_attends(number))
-        self._after(layer, lambda m, a, k, out: hooks.merge_layer(number, out))
+        if number in self.plan.scored_at.values():
+            attends = getattr(layer, self._seams.layer_attention)
+            self._view_config(attends, lambda: hooks.layer_attends(number))
+        if number in self.plan.llm_layers or number < added:
+            self._after(layer, lambda m, a, k, out: hooks.leave_layer(number, out))
 
     def _before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         # Hooks are not traced: torch.compile breaks its graph at them and compiles what lies between.
@@ -185,6 +195,12 @@ class Handle:
             torch.compiler.disable(hook), with_kwargs=True, always_call=always, prepend=True
         )
         self._undo.append(handle.remove)
+
+    def _wrap_method(self, module: nn.Module, name: str, wrapper: Callable[..., Any]) -> None:
+        """A method that is no module has no hooks: the instance gets its own, until removal."""
+        wrapped = torch.compiler.disable(partial(wrapper, getattr(module, name)))
+        module.__dict__[name] = wrapped
+        self._undo.append(lambda: module.__dict__.pop(name))
 
     def _view_config(self, module: nn.Module, merging: Callable[[], bool]) -> None:
         config: Any = module.config

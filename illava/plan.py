@@ -6,8 +6,8 @@ is one merge unit of the encoder (in Qwen2-VL 2 x 2 patches), so both stages cou
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from illava.errors import PlanError
@@ -173,6 +173,8 @@ class ModelPlan:
         vit_layers, llm_layers: the layers that merge, ascending.
         vit_depth, llm_depth: blocks and layers of the model.
         merge_size: patches along one side of a merge unit.
+        scored_at: for each merging decoder layer the one whose attention ranks the tokens: itself, or
+            where it has none (linear attention) the nearest before it that has.
     """
 
     settings: Plan
@@ -181,6 +183,7 @@ class ModelPlan:
     vit_depth: int
     llm_depth: int
     merge_size: int
+    scored_at: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def removes_nothing(self) -> bool:
@@ -270,9 +273,10 @@ class ModelPlan:
             "tokens removed": f"{s.vit_tokens_removed} tokens removed per encoder layer, "
             f"{s.llm_tokens_removed} per LLM layer",
         }[s.budget]
+        scores = "".join(f", {layer} scored at {at}" for layer, at in self.scored_at.items() if layer != at)
         return (
             f"encoder blocks {list(self.vit_layers)} of {self.vit_depth}, decoder layers "
-            f"{list(self.llm_layers)} of {self.llm_depth}; {budget}; {s.merge}, score {s.score}"
+            f"{list(self.llm_layers)} of {self.llm_depth}{scores}; {budget}; {s.merge}, score {s.score}"
         )
 
 
@@ -284,11 +288,20 @@ def resolve(
     vit_depth: int,
     llm_depth: int,
     merge_size: int,
+    scoring_layers: Collection[int] | None = None,
 ) -> ModelPlan:
     """Settle a plan's layers for one model.
 
+    Args:
+        plan: as asked for.
+        vit_default, llm_default: layers where the plan names none.
+        vit_depth, llm_depth: how many layers there are to choose from.
+        merge_size: patches along one side of a merge unit.
+        scoring_layers: decoder layers with softmax attention; `None` for all.
+
     Raises:
-        PlanError: layers out of the model's range, or layers whose budget is not said.
+        PlanError: layers out of the model's range, a decoder layer with no softmax attention at or
+            before it, or layers whose budget is not said.
     """
     settled = []
     for stage, layers, default, depth in (
@@ -313,7 +326,19 @@ def resolve(
                 f"{beyond} are out of range; choose layers up to {depth - 1}"
             )
         settled.append(tuple(sorted(layers)))
-    return ModelPlan(plan, settled[0], settled[1], vit_depth, llm_depth, merge_size)
+    scored_at = {}
+    for layer in settled[1]:
+        before = [
+            at for at in (range(llm_depth) if scoring_layers is None else scoring_layers) if at <= layer
+        ]
+        if not before:
+            raise PlanError(
+                f"llm_layers={settled[1]}: decoder layer {layer} comes before the first with softmax "
+                f"attention ({min(scoring_layers or ())}), and linear attention ranks no tokens; choose "
+                "that layer or a later one"
+            )
+        scored_at[layer] = max(before)
+    return ModelPlan(plan, settled[0], settled[1], vit_depth, llm_depth, merge_size, scored_at)
 
 
 def scale_layers(layers: Sequence[int], of_depth: int, depth: int) -> tuple[int, ...]:

@@ -25,7 +25,8 @@ class LayerRecord:
     Attributes:
         stage: `"vit"` or `"llm"`.
         layer: counted from 0.
-        tokens_in, tokens_out: visual tokens (one merge unit of the encoder is one visual token).
+        tokens_in, tokens_out: visual tokens; in the encoder merge units, which in most families
+            become one visual token each (see `PictureRecord.encoded_units`).
     """
 
     stage: str
@@ -45,8 +46,13 @@ class PictureRecord:
     Attributes:
         kind: `"image"` or `"video"`.
         row: batch row, beams counted as rows.
-        grid: `(frames, height, width)` in patches, or `None` if the features came from the caller.
-        tokens: visual tokens before any merge.
+        grid: `(frames, height, width)` in patches, of the first tile if there are several, or `None`
+            if the features came from the caller.
+        tiles: how many grids the picture was encoded as.
+        tokens: visual tokens before any merge, as the language model counts them.
+        encoded_units: merge units the encoder began with, or `None` if the features came from the
+            caller. Where a family crops, pools or resamples features this is not `tokens`.
+        entered_tokens: visual tokens the encoder left to the language model.
         layers: every merging layer in order. Encoder layers are missing where `grid` is.
         asked_reduction: the share the plan asks for, or `None` for a plan by ratio or count.
     """
@@ -54,14 +60,18 @@ class PictureRecord:
     kind: str
     row: int
     grid: tuple[int, int, int] | None
+    tiles: int
     tokens: int
+    encoded_units: int | None
+    entered_tokens: int
     layers: tuple[LayerRecord, ...]
     asked_reduction: float | None
 
     @property
     def final_tokens(self) -> int:
         """Visual tokens after the last merge."""
-        return self.layers[-1].tokens_out if self.layers else self.tokens
+        merged = [r for r in self.layers if r.stage == "llm"]
+        return merged[-1].tokens_out if merged else self.entered_tokens
 
     @property
     def reduction(self) -> float:
@@ -129,6 +139,7 @@ class Report:
             out = {(r.stage, r.layer): r.tokens_out for r in p.layers}
             cells = [str(out.get((stage, layer), "")) for _, layer, stage in layers]
             grid = "x".join(map(str, p.grid)) if p.grid else "?"
+            grid += f" and {p.tiles - 1} more" if p.tiles > 1 else ""
             table.add_row(str(p.row), p.kind, grid, str(p.tokens), *cells, f"{p.reduction:.1%}", p.note)
         console = Console(width=140, color_system=None)
         with console.capture() as capture:
@@ -159,44 +170,53 @@ def build_report(
     """
     calls = list(encoded or ())
     pool = [pair for c in calls for pair in zip(c.grids, c.schedules, strict=True)]
-
     visual = call.visual
     if visual is None:
         raise ValueError("a report needs a call that brought pictures")
     encodings, used = _encodings(pool, visual, call.segment_rows)
-    schedules = [schedule for _, schedule in used]
     pictures: list[PictureRecord] = []
     by_row: list[list[SegmentSchedule]] = [[] for _ in range(rows)]
-    for number, (kind, tokens) in enumerate(zip(visual.kinds, visual.tokens, strict=True)):
-        row, alive = call.segment_rows[number], call.counts[0][number]
-        match = encodings[number]
-        if match is not None and (match[1].tokens, match[1].encoder_tokens) != (tokens, alive):
-            match = None  # not encoded under this plan
-        vit = match[1].vit if match else ()
-        llm: list[tuple[int, int, int]] = []
-        left = alive
+    for number, kind in enumerate(visual.kinds):
+        row, tokens, alive = call.segment_rows[number], call.tokens[number], call.counts[0][number]
+        tiles = encodings[number]
+        if tiles and sum(s.tokens for _, s in tiles) == tokens != alive + _removed(tiles):
+            tiles = []  # not encoded under this plan
+        vit = [
+            LayerRecord("vit", entries[0][0], sum(e[1] for e in entries), sum(e[2] for e in entries))
+            for entries in zip(*(s.vit for _, s in tiles), strict=True)
+        ]
+        llm, left = [], alive
         for layer, removed in call.removed.items():
             llm.append((layer, left, left := left - removed[number]))
-        frames = match[1].frames if match else 1
-        done = SegmentSchedule(frames, tokens, vit or ((-1, tokens, alive),), tuple(llm))
-        by_row[row].append(done)
-        records = [LayerRecord("vit", *entry) for entry in vit] + [
-            LayerRecord("llm", *entry) for entry in llm
-        ]
+        by_row[row].append(SegmentSchedule(1, tokens, ((-1, tokens, alive),), tuple(llm)))
         pictures.append(
-            PictureRecord(kind, row, match[0] if match else None, tokens, tuple(records), plan.reduction)
+            PictureRecord(
+                kind=kind,
+                row=row,
+                grid=tiles[0][0] if tiles else None,
+                tiles=len(tiles),
+                tokens=tokens,
+                encoded_units=sum(s.tokens for _, s in tiles) if tiles else None,
+                entered_tokens=alive,
+                layers=(*vit, *(LayerRecord("llm", *entry) for entry in llm)),
+                asked_reduction=plan.reduction,
+            )
         )
     texts = [call.length - sum(s.tokens for s in row) for row in by_row]
-    flops = count_flops(plan, shape, schedules, list(zip(texts, by_row, strict=True)))
+    flops = count_flops(plan, shape, [s for _, s in used], list(zip(texts, by_row, strict=True)))
     backend = next((c.backend for c in calls if c.backend), None)
     return Report(tuple(pictures), flops, backend)
 
 
+def _removed(tiles: Sequence[Encoding]) -> int:
+    return sum(s.tokens - s.encoder_tokens for _, s in tiles)
+
+
 def _encodings(
     pool: Sequence[Encoding], visual: VisualInput, rows: Sequence[int]
-) -> tuple[list[Encoding | None], Sequence[Encoding]]:
-    """The encoded picture behind each segment, `None` for features that the caller brought along, and
-    the part of `pool` this call used: its end, for earlier pictures may have been encoded for nobody.
+) -> tuple[list[list[Encoding]], Sequence[Encoding]]:
+    """The grids behind each segment, none for features that the caller brought along, and the part of
+    `pool` this call used: its end, for earlier pictures may have been encoded for nobody.
 
     `generate` encodes first and repeats rows for beams and several answers afterwards: the first row
     of each group is the one they came from.
@@ -208,8 +228,10 @@ def _encodings(
         counter[kind, row] += 1
     for repeats in range(1, max(rows) + 2):
         first = [i for i, (_, row, _) in enumerate(places) if row % repeats == 0]
-        used = pool[len(pool) - len(first) :] if len(first) <= len(pool) else ()
-        if used and [s.tokens for _, s in used] == [visual.tokens[i] for i in first]:
-            origin = {places[i]: encoding for i, encoding in zip(first, used, strict=True)}
-            return [origin.get((kind, row - row % repeats, nth)) for kind, row, nth in places], used
-    return [None] * len(places), ()
+        units = [n for i in first for n in visual.encoded_units[i]]
+        used = pool[len(pool) - len(units) :] if len(units) <= len(pool) else ()
+        if used and [s.tokens for _, s in used] == units:
+            tiles = iter(used)
+            origin = {places[i]: [next(tiles) for _ in visual.encoded_units[i]] for i in first}
+            return [origin[kind, row - row % repeats, nth] for kind, row, nth in places], used
+    return [[] for _ in places], ()

@@ -126,6 +126,8 @@ def check_cache(cache: Any) -> None:
     if cache is None:
         return
     kinds = {type(layer) for layer in getattr(cache, "layers", ())} if isinstance(cache, Cache) else set()
+    # Linear attention keeps a state of fixed size, which does not care how many tokens made it.
+    kinds = {kind for kind in kinds if kind.__name__ != "LinearAttentionLayer"}
     if not isinstance(cache, DynamicCache) or not kinds <= {DynamicLayer, MergedLayer}:
         layers = ", ".join(sorted(kind.__name__ for kind in kinds)) or type(cache).__name__
         raise CacheError(
@@ -227,16 +229,16 @@ def expand_rows(x: Tensor, columns: Tensor, length: int) -> Tensor:
     return full.scatter(1, place[..., None].expand_as(x), x)[:, :length]
 
 
-def later_text(segment: Tensor, real: Tensor, segments: int) -> Sequence[bool]:
+def later_text(segment: Tensor, text: Tensor, segments: int) -> Sequence[bool]:
     """For each segment, whether a text token of its row comes after it.
 
     Args:
-        segment: `[B, L]` on the CPU, -1 for text.
-        real: `[B, L]` bool on the CPU, not padding.
+        segment: `[B, L]` on the CPU, -1 for what belongs to none.
+        text: `[B, L]` bool on the CPU, text that is not padding.
         segments: how many there are.
     """
     columns = torch.arange(segment.shape[1])
-    last_text = torch.where((segment < 0) & real, columns, -1).max(dim=1).values  # [B]
+    last_text = torch.where(text, columns, -1).max(dim=1).values  # [B]
     rows, places = (segment >= 0).nonzero(as_tuple=True)
     last_own = torch.full((segments,), -1).scatter_reduce(0, segment[rows, places], places, "amax")
     row_of = torch.zeros(segments, dtype=torch.long).scatter(0, segment[rows, places], rows)

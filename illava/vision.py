@@ -1,12 +1,15 @@
 """One call of the vision encoder: what survives each merging block. Touches no module.
 
-Notation for tensor shapes: N tokens held now (packed), U units held now (U = N / g), g tokens per
-unit, H heads, D head size, d hidden size.
+Notation for tensor shapes: N tokens held now (packed), U units held now, g tokens per unit, H heads,
+D head size, d hidden size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -19,7 +22,8 @@ from illava.attention import (
     varlen_attention_received,
     varlen_log_sum_exp,
 )
-from illava.families.seams import Seams
+from illava.families.layout import Layout
+from illava.families.seams import Seams, Survivors
 from illava.plan import ModelPlan, SegmentSchedule
 
 
@@ -29,40 +33,84 @@ class Stage:
 
     Attributes:
         first_block: the first block that sees it.
-        units: `[U]` the surviving units, numbered over the full packing, ascending.
+        layout: of the full grid at this depth.
+        units: `[U]` the surviving units, numbered over the whole call, ascending.
+        tokens: `[N]` the surviving tokens, likewise.
+        members: `[U, g]` where each unit's tokens stand among the survivors.
         frame_counts: units of each frame, known on the host.
+        regrids: whether a module has joined patches just before it.
     """
 
     first_block: int
+    layout: Layout
     units: Tensor
+    tokens: Tensor
+    members: Tensor
     frame_counts: tuple[int, ...]
+    regrids: bool = False
     _memo: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def tokens(self, unit: int) -> Tensor:
-        """`[N]` the surviving tokens, numbered over the full packing."""
-        return (self.units[:, None] * unit + torch.arange(unit, device=self.units.device)).flatten()
+    @property
+    def frame_tokens(self) -> tuple[int, ...]:
+        """Tokens of each frame."""
+        return tuple(self.layout.prefix + n * self.layout.unit_tokens for n in self.frame_counts)
 
-    def select(self, x: Tensor, unit: int) -> Tensor:
+    @property
+    def width(self) -> int:
+        """Tokens per row, where frames are rows."""
+        return max(self.frame_tokens)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """`[rows, width, ...]` to `[N, ...]`, without padding."""
+        flat = x.flatten(0, 1)
+        return flat if self._full else flat[self._places.to(x.device)]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """`[N, ...]` to `[rows, width, ...]`, padded at the end of each row with zeros."""
+        if self.layout.row_tokens is None:
+            return x[None]
+        rows = len(self.frame_counts)
+        if self._full:
+            return x.unflatten(0, (rows, self.width))
+        table = x.new_zeros((rows * self.width, *x.shape[1:]))
+        return table.index_copy(0, self._places.to(x.device), x).unflatten(0, (rows, self.width))
+
+    @property
+    def _full(self) -> bool:
+        return self.layout.row_tokens is None or min(self.frame_tokens) == self.width
+
+    @cached_property
+    def _places(self) -> Tensor:
+        real = torch.arange(self.width) < torch.tensor(self.frame_tokens)[:, None]
+        return real.flatten().nonzero().flatten()
+
+    def select(self, x: Tensor) -> Tensor:
         """Rows of survivors from something with a row per token of the full packing."""
-        return self._once(x, lambda: x[self.tokens(unit).to(x.device)])
+        return self._once(x, lambda: x[self.tokens.to(x.device)])
 
-    def recount(self, cu_seqlens: Tensor, unit: int, total_units: int) -> Tensor:
+    def recount(self, cu_seqlens: Tensor) -> Tensor:
         """Span boundaries by counting the survivors of each original span; empty spans go."""
 
         def count() -> Tensor:
-            alive = torch.zeros(total_units + 1, dtype=torch.int32, device=self.units.device)
-            alive[self.units + 1] = unit
+            alive = torch.zeros(self.layout.total_tokens + 1, dtype=torch.int32, device=self.tokens.device)
+            alive[self.tokens + 1] = 1
             before = alive.cumsum(0, dtype=torch.int32).to(cu_seqlens.device)
-            # Spans hold whole units: windows and frames are cut along them.
-            return before[cu_seqlens.long() // unit].unique_consecutive().to(cu_seqlens.dtype)
+            return before[cu_seqlens.long()].unique_consecutive().to(cu_seqlens.dtype)
 
         return self._once(cu_seqlens, count)
 
-    def _once(self, source: Tensor, make) -> Tensor:  # type: ignore[no-untyped-def]
+    def _once(self, source: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """Every block is handed the same few tensors; each is shortened once per stage."""
         if id(source) not in self._memo:
             self._memo[id(source)] = (source, make())  # holding the source keeps its id its own
         return self._memo[id(source)][1]
+
+    def forget(self) -> None:
+        """Let go of what was shortened for this call."""
+        self._memo.clear()
+
+    def survivors(self) -> Survivors:
+        return Survivors(self.layout, self.units, self.tokens, self.members)
 
 
 @dataclass(frozen=True)
@@ -70,12 +118,12 @@ class EncoderRecord:
     """What is remembered of an encoder call for the report.
 
     Attributes:
-        grids: `(frames, height, width)` in patches per picture.
-        schedules: what the plan did to each.
+        grids: `(frames, height, width)` in patches per picture or tile.
+        schedules: what the plan did to each, counted in merge units.
         backend: the kernel that gave the attention statistics, `None` where nothing merged.
     """
 
-    grids: list[tuple[int, int, int]]
+    grids: tuple[tuple[int, int, int], ...]
     schedules: list[SegmentSchedule]
     backend: str | None
 
@@ -86,38 +134,45 @@ class VisionCall:
     Args:
         plan: what to merge.
         seams: the model's parts.
-        grids: `(frames, height, width)` in patches per picture.
+        layout: of the call's tokens.
         device: of the pixels.
         implementation: the attention implementation the user chose.
+        records: whether the caller wants every block's output.
     """
 
     def __init__(
         self,
         plan: ModelPlan,
         seams: Seams,
-        grids: list[tuple[int, int, int]],
+        layout: Layout,
         device: torch.device,
         implementation: str,
+        records: bool = False,
     ) -> None:
-        self.settings, self.seams, self.unit = plan.settings, seams, seams.unit_patches
-        self.grids = grids
-        self.schedules: list[SegmentSchedule] = plan.schedule(grids)
-        frames = [s.tokens // s.frames for s in self.schedules for _ in range(s.frames)]
-        self.total_units = sum(frames)
-        per_size = {size: plan.vit_removed(size) for size in set(frames)}
+        self.settings, self.seams, self.layout = plan.settings, seams, layout
+        sides = [layout.frame_units[i] for i in _first_frames(layout.grids)]
+        self.schedules: list[SegmentSchedule] = [
+            plan.segment(t, units) for (t, _, _), units in zip(layout.grids, sides, strict=True)
+        ]
+        per_size = {size: plan.vit_removed(size) for size in set(layout.frame_units)}
         self.removed = {
-            block: tuple(per_size[size][i] for size in frames) for i, block in enumerate(plan.vit_layers)
+            block: tuple(per_size[size][i] for size in layout.frame_units)
+            for i, block in enumerate(plan.vit_layers)
         }
         self.implementation = implementation
         self.backend: str | None = None
-        self.stages = [Stage(0, torch.arange(self.total_units, device=device), tuple(frames))]
+        units, tokens, members = (
+            x.to(device) for x in (torch.arange(layout.total_units), layout.tokens(), layout.members())
+        )
+        self.stages = [Stage(0, layout, units, tokens, members, layout.frame_units)]
         self.attending: int | None = None
         self.merged: dict[int, Tensor] = {}
+        self.outputs: dict[int, Tensor] | None = {} if records else None
         self._spans: Spans | None = None
         self._decisions: dict[int, merge.Merge] = {}
 
     def record(self) -> EncoderRecord:
-        return EncoderRecord(self.grids, self.schedules, self.backend)
+        return EncoderRecord(self.layout.grids, self.schedules, self.backend)
 
     @property
     def removes(self) -> bool:
@@ -130,39 +185,42 @@ class VisionCall:
         """What `block` is given."""
         return next(s for s in reversed(self.stages) if s.first_block <= block)
 
-    def begin_attention(self, block: int, cu_seqlens: Tensor) -> None:
+    def begin_attention(self, block: int, cu_seqlens: Tensor | None) -> None:
         """Announce that `block`'s attention runs next; it is handed all its spans at once."""
-        counts = self.stage(block).frame_counts
-        if block in self.seams.full_attention_blocks:
-            self._spans = Spans.from_lengths([n * self.unit for n in counts], cu_seqlens.device)
+        if cu_seqlens is None or block in self.seams.full_attention_blocks:
+            stage = self.stage(block)
+            self._spans = Spans.from_lengths(stage.frame_tokens, stage.tokens.device)
         else:
             self._spans = Spans.from_cu_seqlens(cu_seqlens)
         self.attending = block
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Attention of a merging block, `[N, H, D]` in and out; decides its merge on the way."""
+        """Attention of a merging block, `[rows, width, H, D]` in and out; decides its merge on the way."""
         block, spans = self.attending, self._spans
         if block is None or spans is None:
             raise RuntimeError("attend() without begin_attention()")
+        stage = self.stage(block)
+        q, k, v = stage.pack(q), stage.pack(k), stage.pack(v)  # [N, H, D]
         self.backend = choose_backend(self.implementation, q.device, q.dtype)
         out, lse = varlen_attention(q, k, v, spans, scale=scale, backend=self.backend)
         with torch.no_grad():
             self._decisions[block] = self._decide(block, q.detach(), k.detach(), lse.detach(), spans, scale)
-        return out
+        return stage.unpack(out)
 
     def _decide(
         self, block: int, q: Tensor, k: Tensor, lse: Tensor, spans: Spans, scale: float
     ) -> merge.Merge:
-        counts = self.stage(block).frame_counts
+        stage = self.stage(block)
+        counts, members = stage.frame_counts, stage.members.to(q.device)
         windowed = block not in self.seams.full_attention_blocks
         if windowed and self.settings.window_score == "picture":
-            spans = Spans.from_lengths([n * self.unit for n in counts], q.device)
+            spans = Spans.from_lengths(stage.frame_tokens, q.device)
             lse = varlen_log_sum_exp(q, k, spans, scale=scale)
         if self.settings.score == "lse":
             tokens = lse.mean(dim=1)  # [N]
         else:
             tokens = varlen_attention_received(q, k, lse, spans, scale=scale)
-        importance = tokens.view(-1, self.unit).mean(dim=1)  # [U]
+        importance = tokens[members].mean(dim=1)  # [U]
         starts = torch.tensor([0, *counts[:-1]], device=q.device).cumsum(0)[:, None]
         index = (starts + torch.arange(max(counts), device=q.device)).clamp(max=sum(counts) - 1)
         return merge.select(
@@ -174,35 +232,93 @@ class VisionCall:
             rule=self.settings.merge,
             recycled_share=self.settings.recycled,
             members=self.settings.members,
-            queries=q.unflatten(0, (-1, self.unit)),  # [U, g, H, D]
-            keys=k.unflatten(0, (-1, self.unit)),
+            queries=q[members],  # [U, g, H, D]
+            keys=k[members],
             scale=scale,
         )
 
     def merge(self, block: int, hidden: Tensor) -> Tensor:
-        """Apply `block`'s decision to `[N, d]`; later blocks are given the survivors."""
+        """Apply `block`'s decision to `[N, d]` or `[rows, width, d]`; later blocks get the survivors."""
         decision, stage = self._decisions.pop(block), self.stage(block)
-        counts = tuple(n - r for n, r in zip(stage.frame_counts, self.removed[block], strict=True))
-        kept = merge.compact(decision.keep[None], sum(counts))[0]  # [U'] ascending
-        units = decision.blend(hidden.unflatten(0, (-1, self.unit)))  # [U, g, d]
-        self.stages.append(Stage(block + 1, stage.units[kept.to(stage.units.device)], counts))
-        self.merged[block] = units[kept].flatten(0, 1)  # [N', d]
+        removed = self.removed[block]
+        counts = tuple(n - r for n, r in zip(stage.frame_counts, removed, strict=True))
+        keep = decision.keep.to(stage.units.device)  # [U]
+        kept = merge.compact(keep[None], sum(counts))[0]  # [U'] ascending
+        alive = torch.ones_like(stage.tokens, dtype=torch.bool)
+        alive[stage.members] = keep[:, None]
+        number = len(stage.tokens) - sum(removed) * stage.layout.unit_tokens
+        kept_tokens = merge.compact(alive[None], number)[0]  # [N'] places among the old survivors
+        rank = alive.long().cumsum(0) - 1
+        members = rank[stage.members[kept]]  # [U', g] places among the new ones
+        after = Stage(block + 1, stage.layout, stage.units[kept], stage.tokens[kept_tokens], members, counts)
+        self.stages.append(after)
+
+        flat = stage.pack(hidden) if hidden.ndim == 3 else hidden  # [N, d]
+        units = decision.blend(flat[stage.members.to(flat.device)])  # [U, g, d]
+        blended = units[kept.to(flat.device)].flatten(0, 1)  # [U' * g, d]
+        rows = flat[kept_tokens.to(flat.device)]
+        rows = rows.index_copy(0, members.flatten().to(flat.device), blended)
+        self.merged[block] = after.unpack(rows) if hidden.ndim == 3 else rows
         return self.merged[block]
 
-    def full_grid(self, rows: Tensor, per_unit: int, block: int | None = None) -> Tensor:
-        """Put survivors back at the full length; rows of units merged away are -inf.
+    def enter_regrid(self, block: int) -> Tensor:
+        """The module after `block` joins 2 x 2 patches: the survivors' windows, `[W, 2, 2]`.
+
+        Windows come in raster order of the halved grid; their patches as places among the survivors.
+        """
+        stage = self.stage(block + 1)
+        side, layout = stage.layout.side // 2, stage.layout.halved()
+        # [U, side, 2, side, 2] to [U, windows, 2, 2]
+        windows = stage.members.unflatten(1, (side, 2, side, 2)).transpose(2, 3).flatten(1, 2)
+        tokens = layout.members().to(stage.units.device)[stage.units]  # [U, windows] over the halved grid
+        order = tokens.flatten().argsort()
+        members = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=order.device))
+        self.stages.append(
+            Stage(
+                block + 1, layout, stage.units, tokens.flatten()[order], members.view_as(tokens),
+                stage.frame_counts, regrids=True,
+            )
+        )  # fmt: skip
+        return windows.flatten(0, 1)[order]
+
+    def full_grid(self, x: Tensor, stage: Stage) -> Tensor:
+        """Put a stage's tokens back at the full length; those merged away are -inf.
 
         No encoder writes -inf in every feature of a token, so the mark travels with the features
         through whatever the caller does with them: stacking, slicing, repeating for beams.
 
         Args:
-            rows: `[U * per_unit, d]` survivors that `block` is given; `None` for the last ones.
-            per_unit: rows per unit, 1 after the projector.
+            x: `[N, d]` or `[rows, width, d]`.
         """
-        stage = self.stages[-1] if block is None else self.stage(block)
-        place = stage.tokens(per_unit).to(rows.device)
-        full = rows.new_full((self.total_units * per_unit, rows.shape[1]), float("-inf"))
-        return full.index_copy(0, place, rows)
+        rows = stage.pack(x) if x.ndim == 3 else x  # [N, d]
+        full = rows.new_full((stage.layout.total_tokens, rows.shape[1]), float("-inf"))
+        full = full.index_copy(0, stage.tokens.to(rows.device), rows)
+        if x.ndim == 2:
+            return full
+        return full.unflatten(0, (1 if stage.layout.row_tokens is None else x.shape[0], -1))
+
+    def full_hidden_states(self, hidden_states: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """The same for the input of the first block and every block's output."""
+        seen = list(hidden_states)
+        for block, merged in (self.outputs or {}).items():
+            if seen[block + 1] is not None:
+                seen[block + 1] = merged  # 4.57 records what a block returns before hooks see it
+        full: list[Tensor | None] = []
+        for block, x in enumerate(seen, start=-1):
+            stage = next(s for s in reversed(self.stages) if s.first_block + s.regrids <= block + 1)
+            full.append(x if x is None or stage.first_block == 0 else self.full_grid(x, stage))
+        return tuple(full)
+
+    def forget(self) -> None:
+        """Let go of what only the blocks needed."""
+        for stage in self.stages:
+            stage.forget()
+        self.merged.clear()
+
+
+def _first_frames(grids: Sequence[tuple[int, int, int]]) -> list[int]:
+    """The number of each picture's first frame."""
+    return [0, *accumulate(t for t, _, _ in grids)][:-1]
 
 
 def is_dead(features: Tensor) -> Tensor:

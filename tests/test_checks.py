@@ -98,7 +98,7 @@ def test_every_supported_model_has_its_file():
     assert set(tiny.FAMILIES) <= set(illava.supported_models())
     for model_type in illava.supported_models():
         family = family_of(model_type, "")
-        assert all(map(callable, (family.find_seams, family.tower_grids, family.visual_input)))
+        assert all(map(callable, (family.find_seams, family.layout, family.visual_input)))
 
 
 # ---------------------------------------------------------------- what a plan cannot be for a model

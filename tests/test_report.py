@@ -146,7 +146,7 @@ def test_a_picture_too_small_for_the_plan_says_so(model):
 )
 def test_when_a_picture_counts_as_too_small(tokens, final, layers, asked, noted):
     records = tuple(LayerRecord("llm", i, tokens, final) for i in range(layers))
-    record = PictureRecord("image", 0, None, tokens, records, asked)
+    record = PictureRecord("image", 0, None, 1, tokens, tokens, tokens, records, asked)
     assert bool(record.note) is noted
 
 

@@ -10,6 +10,8 @@ from illava.errors import UnsupportedModelError
 _FILES = {
     "qwen2_vl": "illava.families.qwen2_vl",
     "qwen2_5_vl": "illava.families.qwen2_vl",
+    "qwen3_vl": "illava.families.qwen3_vl",
+    "qwen3_vl_moe": "illava.families.qwen3_vl",
 }
 
 

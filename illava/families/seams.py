@@ -3,15 +3,92 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from illava.errors import SeamError
+from illava.families.layout import Layout
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """What is alive at one seam of the encoder.
+
+    Attributes:
+        layout: of the tokens at that place.
+        units: `[U]` surviving units, numbered over the whole call.
+        tokens: `[N]` surviving tokens, likewise.
+        members: `[U, g]` where each unit's tokens stand among the survivors.
+    """
+
+    layout: Layout
+    units: Tensor
+    tokens: Tensor
+    members: Tensor
+
+    def squeeze(self, x: Tensor) -> Tensor:
+        """Survivors' rows of something with a row per unit or per token: `[..., d]` to `[1, n, d]`."""
+        flat = x.flatten(0, -2)  # [rows, d]
+        chosen = self.units if flat.shape[0] == self.layout.total_units else self.tokens
+        return flat[chosen.to(x.device)][None]
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """`[U, d]` rows of surviving units to all of them; those merged away are -inf."""
+        full = rows.new_full((self.layout.total_units, rows.shape[-1]), float("-inf"))
+        return full.index_copy(0, self.units.to(rows.device), rows)
+
+
+@dataclass(frozen=True)
+class Projector:
+    """A module that turns the encoder's units into visual tokens.
+
+    Attributes:
+        module: the module.
+        block: the encoder block whose output it reads.
+        squeeze: makes its arguments those of the survivors; `None` where they are so already.
+        spread: puts its output back to what the full grid would have given.
+    """
+
+    module: nn.Module
+    block: int
+    squeeze: Callable[[dict[str, Any], Survivors], dict[str, Any]] | None = None
+    spread: Callable[[Any, Survivors], Any] = lambda output, alive: alive.spread(output)
+
+
+@dataclass(frozen=True)
+class Regrid:
+    """A module between two encoder blocks that joins 2 x 2 patches into one token.
+
+    Attributes:
+        module: the module.
+        block: the block after which it runs.
+        squeeze: makes its arguments those of the survivors, given `[W, 2, 2]`, where the patches of
+            each surviving window stand among the surviving tokens.
+    """
+
+    module: nn.Module
+    block: int
+    squeeze: Callable[[dict[str, Any], Tensor], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Additions:
+    """Features that a model adds to the outputs of its first decoder layers.
+
+    Attributes:
+        layers: how many layers.
+        places, features: arguments of the language model: `[B, L]` bool where to, and a list with
+            `[visual tokens, d]` per layer.
+    """
+
+    layers: int
+    places: str
+    features: str
 
 
 @dataclass(frozen=True)
@@ -20,14 +97,22 @@ class Seams:
 
     Attributes:
         model: the module that takes pictures and text (`...Model`).
-        tower: the vision encoder; `blocks` its blocks, each with an attention, a second norm and a
-            feed-forward network under the names given, joined as `h = h + ffn(norm(h))`.
-        projector: the module that turns merge units into visual tokens.
+        tower: the vision encoder; `blocks` those of its blocks whose output is used, each with an
+            attention, a second norm and a feed-forward network under the names given, joined as
+            `h = h + tail(ffn(norm(h)))`.
+        ffn_tail: modules and scales of a block that its feed-forward output passes, in order.
+        projectors: the modules that turn merge units into visual tokens.
         language_model: the decoder stack; `layers` its layers.
-        merge_size: patches along one side of a merge unit.
+        merge_size: patches along one side of a merge unit, in the patches the encoder starts with.
         full_attention_blocks: encoder blocks that attend over a whole frame; the others attend in
             windows of `window_patches` patches.
         vit_default, llm_default: the family's default merging layers.
+        scoring_layers: decoder layers with softmax attention, which alone can tell importance.
+        unread_blocks: further blocks of the tower that run though nobody reads their output.
+        regrid: a module inside the encoder that joins patches.
+        packing: names of the model's methods that crop, interpolate or pool features.
+        newline: a feature the model inserts between rows of features; no picture is behind it.
+        additions: visual features the model adds to the outputs of its first decoder layers.
     """
 
     model: nn.Module
@@ -36,20 +121,29 @@ class Seams:
     block_attention: str
     block_norm: str
     block_ffn: str
-    projector: nn.Module
+    projectors: tuple[Projector, ...]
     language_model: nn.Module
     layers: Sequence[nn.Module]
     layer_attention: str
     merge_size: int
-    full_attention_blocks: frozenset[int]
-    window_patches: int
     vit_default: tuple[int, ...]
     llm_default: tuple[int, ...]
+    full_attention_blocks: frozenset[int]
+    scoring_layers: frozenset[int]
+    window_patches: int = 0
+    ffn_tail: tuple[str, ...] = ()
+    unread_blocks: int = 0
+    regrid: Regrid | None = None
+    packing: tuple[str, ...] = ()
+    newline: Tensor | None = None
+    additions: Additions | None = None
 
-    @property
-    def unit_patches(self) -> int:
-        """Patches of a merge unit."""
-        return self.merge_size**2
+    def finish_ffn(self, block: nn.Module, output: Tensor) -> Tensor:
+        """What a block does to its feed-forward output before adding it."""
+        for name in self.ffn_tail:
+            step = getattr(block, name)
+            output = step(output) if isinstance(step, nn.Module) else step * output
+        return output
 
 
 @dataclass(frozen=True)
@@ -61,31 +155,102 @@ class VisualInput:
             -1 for text and padding.
         kinds: `"image"` or `"video"` per segment.
         tokens: visual tokens per segment in this call.
+        encoded_units: per segment, the merge units of each grid it was encoded as (one grid, or a
+            picture's tiles), in the encoder's order.
     """
 
-    segment: torch.Tensor
+    segment: Tensor
     kinds: tuple[str, ...]
     tokens: tuple[int, ...]
+    encoded_units: tuple[tuple[int, ...], ...]
 
 
-def part(root: nn.Module, path: str, why: str) -> Any:
-    """`root.path`, or an error that names what is missing.
+def visual_input(
+    model: nn.Module,
+    call: Mapping[str, Any],
+    pictures: Mapping[str, Sequence[tuple[int, tuple[int, ...]]]],
+) -> VisualInput | None:
+    """Find the tokens of pictures in a call; `None` if it brings no picture.
+
+    Placeholders and features correspond in reading order, so the sizes of the features say where one
+    picture ends and the next begins.
+
+    Args:
+        model: the model called, for its placeholder tokens.
+        call: its arguments by name.
+        pictures: for `"image"` and `"video"`, of each picture its visual tokens and the merge units
+            of each grid it is encoded as.
+    """
+    segment: Tensor | None = None
+    kinds: list[str] = []
+    tokens: list[int] = []
+    units: list[tuple[int, ...]] = []
+    for kind, found in pictures.items():
+        place = placeholders(model, call, kind)
+        if segment is None:
+            segment = torch.full(place.shape, -1, dtype=torch.long)
+        counts = torch.tensor([count for count, _ in found], dtype=torch.long)
+        numbers = torch.arange(len(kinds), len(kinds) + len(found)).repeat_interleave(counts)
+        if int(place.sum()) != len(numbers):
+            return None  # the model itself reports features and placeholders that do not match
+        segment[place] = numbers
+        kinds += [kind] * len(found)
+        tokens += counts.tolist()
+        units += [grids for _, grids in found]
+    if segment is None or not tokens:
+        return None
+    return VisualInput(segment, tuple(kinds), tuple(tokens), tuple(units))
+
+
+def placeholders(model: nn.Module, call: Mapping[str, Any], kind: str) -> Tensor:
+    """Where a call's tokens stand for an `"image"` or a `"video"`: `[B, L]` bool on the CPU."""
+    config: Any = model.config
+    token = getattr(config, f"{kind}_token_id", None)
+    if token is None:
+        token = getattr(config, f"{kind}_token_index")
+    if call.get("input_ids") is not None:
+        return call["input_ids"].cpu() == token
+    embedding = model.get_input_embeddings().weight[token]
+    return (call["inputs_embeds"] == embedding.to(call["inputs_embeds"].device)).all(-1).cpu()
+
+
+def feature_lengths(features: Any) -> list[int]:
+    """Tokens per picture of a model's features: one tensor per picture, or a batch of them."""
+    if isinstance(features, Tensor) and features.ndim == 2:
+        return [len(features)]
+    return [len(f) for f in features]
+
+
+def part(root: nn.Module, path: str, why: str, *alternatives: str) -> Any:
+    """`root.path` or the first of the alternatives it has, or an error that names what is missing.
 
     Raises:
         SeamError: this version of transformers has no such part.
     """
-    current: Any = root
-    for name in path.split("."):
-        current = getattr(current, name, None)
-        if current is None:
-            import transformers
+    for candidate in (path, *alternatives):
+        current: Any = root
+        for name in candidate.split("."):
+            current = getattr(current, name, None)
+        if current is not None:
+            return current
+    import transformers
 
-            raise SeamError(
-                f"{type(root).__name__} has no {path!r} in transformers {transformers.__version__}; "
-                f"illava needs it {why}. Install a version it was run on (4.57.6 or 5.23), or report "
-                "this at the project's issue tracker."
-            )
-    return current
+    raise SeamError(
+        f"{type(root).__name__} has no {path!r} in transformers {transformers.__version__}; illava needs "
+        f"it {why}. Install a version it was run on (4.57.6 or 5.23), or report this at the project's "
+        "issue tracker."
+    )
+
+
+def core_of(model: nn.Module) -> nn.Module:
+    """The module that joins pictures and text, in `...ForConditionalGeneration` or itself.
+
+    Raises:
+        SeamError: it has none.
+    """
+    if hasattr(model, "lm_head") or not hasattr(model, "language_model"):
+        return part(model, "model", "as the module that joins pictures and text")
+    return model
 
 
 @lru_cache(maxsize=256)

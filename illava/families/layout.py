@@ -1,0 +1,99 @@
+"""How a vision encoder lays out its tokens: where the members of each merge unit stand.
+
+Notation for tensor shapes: U units, g tokens per unit, N tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tokens of one encoder call.
+
+    A *frame* is what the encoder attends over at once: a video frame, a picture, or a tile of one.
+
+    Attributes:
+        grids: `(frames, height, width)` in patches of every picture or tile.
+        side: patches along one side of a merge unit.
+        raster: whether a frame's patches lie in raster order; otherwise they lie unit by unit.
+        prefix: tokens ahead of each frame's patches that belong to no unit and always stay (CLS).
+        row_tokens: tokens per row, padding included, where frames are rows of a batch; `None` where
+            they are packed end to end.
+    """
+
+    grids: tuple[tuple[int, int, int], ...]
+    side: int
+    raster: bool = False
+    prefix: int = 0
+    row_tokens: int | None = None
+
+    @property
+    def unit_tokens(self) -> int:
+        """g."""
+        return self.side**2
+
+    @cached_property
+    def frames(self) -> tuple[tuple[int, int], ...]:
+        """`(height, width)` in patches of every frame."""
+        return tuple((h, w) for t, h, w in self.grids for _ in range(t))
+
+    @cached_property
+    def frame_units(self) -> tuple[int, ...]:
+        return tuple(h * w // self.unit_tokens for h, w in self.frames)
+
+    @cached_property
+    def frame_tokens(self) -> tuple[int, ...]:
+        return tuple(self.prefix + h * w for h, w in self.frames)
+
+    @property
+    def total_units(self) -> int:
+        return sum(self.frame_units)
+
+    @property
+    def total_tokens(self) -> int:
+        """Padding included."""
+        if self.row_tokens is not None:
+            return len(self.frames) * self.row_tokens
+        return sum(self.frame_tokens)
+
+    @property
+    def padded(self) -> bool:
+        return self.total_tokens > sum(self.frame_tokens)
+
+    def tokens(self) -> Tensor:
+        """`[N]` the places of real tokens among all, ascending; on the CPU."""
+        if not self.padded or self.row_tokens is None:
+            return torch.arange(self.total_tokens)
+        column = torch.arange(self.row_tokens)
+        real = column < torch.tensor(self.frame_tokens)[:, None]
+        return real.flatten().nonzero().flatten()
+
+    def members(self) -> Tensor:
+        """`[U, g]` where each unit's tokens stand among the real ones; on the CPU."""
+        if not self.raster:
+            places = torch.arange(self.total_units * self.unit_tokens)
+            return places.view(-1, self.unit_tokens)
+        starts = torch.tensor([0, *accumulate(self.frame_tokens)][:-1]) + self.prefix
+        within = {size: _unit_places(*size, self.side) for size in set(self.frames)}
+        if len(within) == 1:  # tiles of one size, the common case
+            return (starts[:, None, None] + within[self.frames[0]]).flatten(0, 1)
+        return torch.cat([start + within[size] for start, size in zip(starts, self.frames, strict=True)])
+
+    def halved(self) -> Layout:
+        """The layout after a module inside the encoder has joined 2 x 2 patches."""
+        grids = tuple((t, h // 2, w // 2) for t, h, w in self.grids)
+        return replace(self, grids=grids, side=self.side // 2)
+
+
+def _unit_places(height: int, width: int, side: int) -> Tensor:
+    """`[U, g]` the raster places of each unit's patches, slot by slot in raster order."""
+    grid = torch.arange(height * width)
+    grid = grid.view(height // side, side, width // side, side)  # rows, slot rows, columns, slot columns
+    return grid.transpose(1, 2).reshape(-1, side * side)
