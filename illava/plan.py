@@ -13,6 +13,9 @@ from typing import Any, Literal
 from illava.errors import PlanError
 
 DEFAULT_REDUCTION = 2 / 3
+# The paper's merging layers and the depth they are of (section 4.1, Qwen2.5-VL-7B).
+VIT_PAPER = (5, 9, 13), 32
+LLM_PAPER = (2, 8, 14), 28
 
 _CHOICES = {
     "score": ("attention", "lse"),
@@ -98,7 +101,7 @@ class Plan:
     @classmethod
     def paper(cls, reduction: float = DEFAULT_REDUCTION, **changes: Any) -> Plan:
         """The ICLR paper's plan for Qwen2.5-VL-7B (section 4.1): encoder 5, 9, 13, LLM 2, 8, 14."""
-        return replace(cls((5, 9, 13), (2, 8, 14), reduction), **changes)
+        return replace(cls(VIT_PAPER[0], LLM_PAPER[0], reduction), **changes)
 
     @classmethod
     def release(cls, **changes: Any) -> Plan:

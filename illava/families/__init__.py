@@ -8,6 +8,7 @@ from types import ModuleType
 from illava.errors import UnsupportedModelError
 
 _FILES = {
+    "internvl": "illava.families.internvl",
     "qwen2_vl": "illava.families.qwen2_vl",
     "qwen2_5_vl": "illava.families.qwen2_vl",
     "qwen3_vl": "illava.families.qwen3_vl",

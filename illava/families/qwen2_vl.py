@@ -17,20 +17,10 @@ from typing import Any
 
 from torch import nn
 
+from illava.families import seams as common
 from illava.families.layout import Layout
-from illava.families.seams import (
-    Projector,
-    Seams,
-    VisualInput,
-    core_of,
-    feature_lengths,
-    part,
-)
-from illava.families.seams import visual_input as find_visual_input
-from illava.plan import scale_layers
-
-PAPER_VIT, PAPER_VIT_DEPTH = (5, 9, 13), 32
-PAPER_LLM, PAPER_LLM_DEPTH = (2, 8, 14), 28
+from illava.families.seams import Projector, Seams, VisualInput, core_of, feature_lengths, part
+from illava.plan import LLM_PAPER, VIT_PAPER, scale_layers
 
 
 def find_seams(model: nn.Module) -> Seams:
@@ -52,7 +42,7 @@ def find_seams(model: nn.Module) -> Seams:
         full = frozenset(config.fullatt_block_indexes)
         vit_default = tuple(sorted(b for b in full if b < depth - 1)[:2])
     else:
-        vit_default = scale_layers(PAPER_VIT, PAPER_VIT_DEPTH, depth)
+        vit_default = scale_layers(*VIT_PAPER, depth)
     merger = part(core, "visual.merger", "to put survivors back on the full grid")
     return Seams(
         model=core,
@@ -69,7 +59,7 @@ def find_seams(model: nn.Module) -> Seams:
         full_attention_blocks=full,
         window_patches=(getattr(config, "window_size", 0) // config.patch_size) ** 2,
         vit_default=vit_default,
-        llm_default=scale_layers(PAPER_LLM, PAPER_LLM_DEPTH, len(layers)),
+        llm_default=scale_layers(*LLM_PAPER, len(layers)),
         scoring_layers=frozenset(range(len(layers))),
     )
 
@@ -95,4 +85,4 @@ def visual_input(seams: Seams, call: Mapping[str, Any]) -> VisualInput | None:
         else:
             continue
         pictures[kind] = [(n, (n,)) for n in counts]
-    return find_visual_input(seams.model, call, pictures)
+    return common.visual_input(seams.model, call, pictures)

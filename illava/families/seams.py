@@ -214,6 +214,24 @@ def placeholders(model: nn.Module, call: Mapping[str, Any], kind: str) -> Tensor
     return (call["inputs_embeds"] == embedding.to(call["inputs_embeds"].device)).all(-1).cpu()
 
 
+def runs(place: Tensor) -> list[int]:
+    """Lengths of the runs of placeholders in `[B, L]`, in reading order; a run ends with its row."""
+    edges = torch.nn.functional.pad(place.long(), (1, 1)).diff(dim=1)  # [B, L + 1]
+    starts, ends = (edges == 1).nonzero(), (edges == -1).nonzero()
+    return (ends - starts)[:, 1].tolist()
+
+
+def used_blocks(depth: int, feature_layer: int | Sequence[int]) -> int:
+    """How many blocks lie below the hidden states a model reads from its encoder.
+
+    Args:
+        depth: blocks of the encoder.
+        feature_layer: index, or indices, into its `depth + 1` hidden states.
+    """
+    indices = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
+    return max(index % (depth + 1) for index in indices)
+
+
 def feature_lengths(features: Any) -> list[int]:
     """Tokens per picture of a model's features: one tensor per picture, or a batch of them."""
     if isinstance(features, Tensor) and features.ndim == 2:
