@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-
 from zoo.common import Image, Video, scale_weights, words
 
 
@@ -34,7 +33,9 @@ def assemble(processor, rows, opening: str, closing: str, *, nested, side, dtype
         texts.append(" ".join([opening, *parts, closing]))
         pictures.append([part.pil() for part in row if isinstance(part, Image)])
         videos += [part.array() for part in row if isinstance(part, Video)]
-    pictures = [row for row in pictures if row] if nested else [picture for row in pictures for picture in row]
+    pictures = (
+        [row for row in pictures if row] if nested else [picture for row in pictures for picture in row]
+    )
     inputs = processor(
         text=texts,
         **({"images": pictures} if pictures else {}),

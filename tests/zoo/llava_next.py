@@ -3,8 +3,12 @@
 The encoder has five blocks, of which the last is computed and not used: features are read off its input
 (`vision_feature_layer=-2`), without CLS.
 
-What the unpatched family cannot do: videos (there is no processor nor token for them). Rows may mix freely: no
-picture, one, several.
+What the unpatched family cannot do:
+  * videos: there is no processor and no token for them.
+  * on 4.57.6, beams (or several returned sequences) over a call with several pictures: no error, but
+    `generate` repeats the pictures one by one, not row by row, so that beams see the wrong ones. 5.23 encodes
+    before it repeats, and is right.
+Rows may mix freely: no picture, one, several.
 """
 
 from __future__ import annotations
@@ -14,7 +18,6 @@ import functools
 import torch
 import transformers
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
-
 from zoo.common import V5, WORDS, Image, tokenizer
 from zoo.llava import assemble, finish
 

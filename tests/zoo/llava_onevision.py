@@ -1,12 +1,17 @@
 """A small LLaVA-OneVision: SigLIP without CLS, tiles in any resolution, videos, a Qwen2 language model.
 
-As in the real one, the picture size (60) is not a multiple of the patch size (8) and the grid side (7) is odd: the
-pooling of video frames rounds up, to 4. `anyres_max_2` shrinks a picture of 2 x 2 tiles and leaves one of 1 x 2.
+As in the real one, the picture size (60) is not a multiple of the patch size (8) and the grid side (7) is
+odd: the pooling of video frames rounds up, to 4. `anyres_max_2` shrinks a picture of 2 x 2 tiles and leaves
+one of 1 x 2.
 
 What the unpatched family cannot do:
-  * videos with different numbers of frames in one call (5.23: ValueError, "Unable to create tensor ...";
-    4.57.6 the same). Their heights and widths may differ: every frame is resized to one tile.
+  * videos with different numbers of frames in one call: the processor stacks them (5.23: ValueError "Unable
+    to convert output 'pixel_values_videos' (type: list) to tensor"; 4.57.6: RuntimeError "stack expects each
+    tensor to be equal size"). Their heights and widths may differ: every frame is resized to one tile.
   * tiles for a picture that shares its row with another: such a picture is one tile and one newline.
+  * on 4.57.6, beams (or several returned sequences) over a call with several pictures or several videos: no
+    error, but `generate` repeats the pictures one by one, not row by row, so that beams see the wrong ones.
+    5.23 encodes before it repeats, and is right.
 Rows may otherwise mix freely: no picture, one, several, videos.
 """
 
@@ -17,7 +22,6 @@ import functools
 import torch
 import transformers
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
-
 from zoo.common import V5, WORDS, Image, Video, tokenizer
 from zoo.llava import assemble, finish
 
