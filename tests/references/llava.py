@@ -11,6 +11,8 @@ What FACTS.md does not say, or says otherwise:
   * the blocks behind `vision_feature_layer` run without being read, and so does SigLIP's `post_layernorm`: features
     are the recorded output of a block, before any norm;
   * in LLaVA-OneVision only a picture alone in its row is tiled; of several, each is one tile and one newline;
+  * of a video, a frame is one tile, projected and then pooled to half its side (rounded up); one newline follows
+    the whole video. Images and videos are encoded in two calls, images first;
   * a picture token comes from the base tile, or from one patch of the other tiles, or (shrunk) from up to four;
     unpadding may crop patches that are alive, so a segment can lose tokens that no merge removed.
 
@@ -25,6 +27,7 @@ import torch
 
 from references.core import (
     Merge,
+    Options,
     Result,
     asking_queries,
     attend,
@@ -41,7 +44,48 @@ def is_dead(feature):
     return bool(feature[0].isinf())
 
 
+@torch.no_grad()
+def forward(model, inputs, vit_removed, llm_removed, **options) -> Result:
+    """Run prompt and pictures through the model, merging on the way.
+
+    Args:
+        model: `LlavaNextForConditionalGeneration` or `LlavaOnevisionForConditionalGeneration`, fp32.
+        inputs: one unpadded row.
+        vit_removed: units of a tile or frame before any merge -> block -> units to remove.
+        llm_removed: visual tokens of a picture or video before any merge (newlines not counted; pooled ones, for a
+            video), and how many of them the encoder left alive -> layer -> tokens to remove.
+        options: see `Options`.
+    """
+    options = Options(**options)
+    seen, merges = see(model, inputs, vit_removed, options)
+    input_ids = inputs["input_ids"][0]
+    return read(model, input_ids, len(input_ids), seen, merges, llm_removed, options)
+
+
+@torch.no_grad()
+def generate(model, inputs, vit_removed, llm_removed, *, new_tokens, **options) -> list[int]:
+    """Decode exactly `new_tokens` tokens greedily (no stopping token), running the whole sequence anew for each.
+
+    Only prompt positions are ever scored, merged or asked for attention, so the merges are the prompt's own.
+    """
+    options = Options(**options)
+    seen, merges = see(model, inputs, vit_removed, options)
+    input_ids = inputs["input_ids"][0]
+    prompt_length = len(input_ids)
+    for _ in range(new_tokens):
+        result = read(model, input_ids, prompt_length, seen, merges, llm_removed, options)
+        input_ids = torch.cat([input_ids, result.logits[-1:].argmax(-1)])
+    return input_ids[prompt_length:].tolist()
+
+
 # ---------------------------------------------------------------- encoder
+
+
+def see(model, inputs, removed, options):
+    """Images in one call, videos in another: source -> pictures (see `see_images`), and the merges."""
+    images, image_merges = see_images(model, inputs, removed, options)
+    videos, video_merges = see_videos(model, inputs, removed, options)
+    return {"image": images, "video": videos}, image_merges + video_merges
 
 
 def encode(model, tiles, removed, source, options):
@@ -68,6 +112,7 @@ def encode_tile(model, pixels, removed, segment, source, options):
     if hasattr(tower, "pre_layrnorm"):  # CLIP
         x = tower.pre_layrnorm(x)
         first = 1  # row 0 is CLS, which is never a candidate nor a target but asks and is asked
+    assert (config.vision_feature_select_strategy == "default") == bool(first)
     n_units = len(x) - first
     removed = removed(n_units)
     blocks = tower.encoder.layers
@@ -95,8 +140,6 @@ def encode_tile(model, pixels, removed, segment, source, options):
             units = numbers[0]
         x = x + block.mlp(block.layer_norm2(x))
 
-    if config.vision_feature_select_strategy == "full":
-        assert first == 0, "a CLS that stays among the features is not spelt out here"
     projected = model.model.multi_modal_projector(x[first:])
     features = projected.new_full((n_units, projected.shape[-1]), DEAD)
     features[units] = projected
@@ -136,6 +179,26 @@ def see_images(model, inputs, removed, options):
             newlines += [False] * len(line) + [True]
         pictures.append((torch.stack(base), newlines))
     return pictures, merges
+
+
+def see_videos(model, inputs, removed, options):
+    """The videos of the row: for each its features `[T, D]` and which of them are newlines; and the merges."""
+    if "pixel_values_videos" not in inputs:
+        return [], []
+    pixels = inputs["pixel_values_videos"]  # [videos, frames, 3, height, width]
+    config = model.config.vision_config
+    side = config.image_size // config.patch_size
+    frames, merges = encode(model, pixels.flatten(0, 1), removed, "video", options)
+    videos = []
+    for video in range(pixels.shape[0]):
+        rows = []
+        for frame in frames[video * pixels.shape[1] : (video + 1) * pixels.shape[1]]:
+            lines = [list(line) for line in frame.split(side)]
+            half = math.ceil(side / 2)
+            rows += [feature for line in resample(lines, half, half) for feature in line]
+        newlines = [False] * len(rows) + [True]
+        videos.append((torch.stack([*rows, model.model.image_newline]), newlines))
+    return videos, merges
 
 
 def best_resolution(size, resolutions):
