@@ -1,23 +1,25 @@
 """Visual token merging in LLaVA-NeXT and LLaVA-OneVision, written plainly, for tests to compare against.
 
-One sequence, no padding, no cache. Every attention is a full matrix, every choice a Python loop, and nothing
-is shared with the package under test. The Hugging Face model lends its weights, its embeddings, its norms, its
-feed-forward modules and its projector; the flow between them is spelt out here. Give it an unpatched model: hooks
-would run too.
+One sequence, no padding, no cache. Every attention is a full matrix, every choice a Python loop, and
+nothing is shared with the package under test. The Hugging Face model lends its weights, its embeddings,
+its norms, its feed-forward modules and its projector; the flow between them is spelt out here. Give it
+an unpatched model: hooks would run too.
 
 What FACTS.md does not say, or says otherwise:
-  * the encoder's blocks are at `vision_tower.encoder.layers` in 5.23, at `vision_tower.vision_model.encoder.layers`
-    in 4.57.6;
-  * the blocks behind `vision_feature_layer` run without being read, and so does SigLIP's `post_layernorm`: features
-    are the recorded output of a block, before any norm;
-  * in LLaVA-OneVision only a picture alone in its row is tiled; of several, each is one tile and one newline;
-  * of a video, a frame is one tile, projected and then pooled to half its side (rounded up); one newline follows
-    the whole video. Images and videos are encoded in two calls, images first;
-  * a picture token comes from the base tile, or from one patch of the other tiles, or (shrunk) from up to four;
-    unpadding may crop patches that are alive, so a segment can lose tokens that no merge removed.
+  * the encoder's blocks are at `vision_tower.encoder.layers` in 5.23, at
+    `vision_tower.vision_model.encoder.layers` in 4.57.6;
+  * the blocks behind `vision_feature_layer` run without being read, and so does SigLIP's
+    `post_layernorm`: features are the recorded output of a block, before any norm;
+  * in LLaVA-OneVision only a picture alone in its row is tiled; of several, each is one tile and one
+    newline;
+  * of a video, a frame is one tile, projected and then pooled to half its side (rounded up); one newline
+    follows the whole video. Images and videos are encoded in two calls, images first;
+  * a picture token comes from the base tile, or from one patch of the other tiles, or (shrunk) from up
+    to four; unpadding may crop patches that are alive, so a segment can lose tokens that no merge
+    removed.
 
-Sizes in the shape comments: S tokens or patches alive now, H heads, d head size, D hidden size, n grid side, T tokens
-of a picture (newlines included).
+Sizes in the shape comments: S tokens or patches alive now, H heads, d head size, D hidden size, n grid
+side, T tokens of a picture (newlines included).
 """
 
 import math
@@ -52,8 +54,8 @@ def forward(model, inputs, vit_removed, llm_removed, **options) -> Result:
         model: `LlavaNextForConditionalGeneration` or `LlavaOnevisionForConditionalGeneration`, fp32.
         inputs: one unpadded row.
         vit_removed: units of a tile or frame before any merge -> block -> units to remove.
-        llm_removed: visual tokens of a picture or video before any merge (newlines not counted; pooled ones, for a
-            video), and how many of them the encoder left alive -> layer -> tokens to remove.
+        llm_removed: visual tokens of a picture or video before any merge (newlines not counted; pooled
+            ones, for a video), and how many of them the encoder left alive -> layer -> tokens to remove.
         options: see `Options`.
     """
     options = Options(**options)
@@ -64,7 +66,7 @@ def forward(model, inputs, vit_removed, llm_removed, **options) -> Result:
 
 @torch.no_grad()
 def generate(model, inputs, vit_removed, llm_removed, *, new_tokens, **options) -> list[int]:
-    """Decode exactly `new_tokens` tokens greedily (no stopping token), running the whole sequence anew for each.
+    """Decode exactly `new_tokens` tokens greedily (no stopping token), running the sequence anew for each.
 
     Only prompt positions are ever scored, merged or asked for attention, so the merges are the prompt's own.
     """
@@ -150,7 +152,7 @@ def encode_tile(model, pixels, removed, segment, source, options):
 
 
 def see_images(model, inputs, removed, options):
-    """The pictures of the row: for each its features `[T, D]` and which of them are newlines; and the merges."""
+    """The row's pictures: for each its features `[T, D]` and which of them are newlines; and the merges."""
     if "pixel_values" not in inputs:
         return [], []
     config = model.config
@@ -182,7 +184,7 @@ def see_images(model, inputs, removed, options):
 
 
 def see_videos(model, inputs, removed, options):
-    """The videos of the row: for each its features `[T, D]` and which of them are newlines; and the merges."""
+    """The row's videos: for each its features `[T, D]` and which of them are newlines; and the merges."""
     if "pixel_values_videos" not in inputs:
         return [], []
     pixels = inputs["pixel_values_videos"]  # [videos, frames, 3, height, width]
@@ -241,7 +243,8 @@ def resample(lines, height, width):
     """Bilinear interpolation among the live: weights are renormalised, a token without a live source is dead.
 
     Weights are exact fractions: where an output falls onto one source, its neighbours have no say. (In single
-    precision torch leaves a neighbour a weight of up to 4e-6 at some sizes, as 27 to 25; no token should live on it.)
+    precision torch leaves a neighbour a weight of up to 4e-6 at some sizes, as 27 to 25, on which no token
+    should live.)
     """
     resampled = []
     for vertical in weights(len(lines), height):
@@ -277,13 +280,14 @@ def read(model, input_ids, prompt_length, seen, merges, removed, options):
     Args:
         seen: source -> pictures in prompt order, each features `[T, D]` and which of them are newlines.
         merges: of the encoder.
-        removed: visual tokens of a segment, how many of them the encoder left alive -> layer -> tokens to remove.
+        removed: visual tokens of a segment, how many of them the encoder left alive -> layer -> tokens to
+            remove.
     """
     language = model.model.language_model
     length = len(input_ids)
 
     # Only placeholders of the prompt are visual: a generated token is text, whatever its id.
-    # A newline belongs to no segment. It is no text either: "text" must not take it for such, nor "visual" for visual.
+    # A newline belongs to no segment. "text" must not take it for text, nor "visual" for visual.
     newline_label = None if options.queries == "visual" else "newline"
     x = language.embed_tokens(input_ids)  # [L, D]
     segment_of = [None] * length  # the segment of a visual position, None for text
