@@ -1,0 +1,5 @@
+"""Visual token merging in LLaVA-OneVision: SigLIP, pictures and videos. `references.llava` spells it out."""
+
+from references.llava import forward, generate
+
+__all__ = ["forward", "generate"]
