@@ -153,11 +153,11 @@ class Hooks:
         if encoded is None:
             # Whoever encodes without ever asking the language model must not fill the memory.
             self.encoded.set(encoded := deque(maxlen=1024))
-        encoded.append(call.record())
+        encoded.append(call.record)
+        self.left.set(call)
         if not call.removes:
             return output
         call.forget()
-        self.left.set(call)
         if getattr(output, "last_hidden_state", None) is None:
             return output  # 4.57 returns a projector's output alone, which is full already
         output.last_hidden_state = call.full_grid(output.last_hidden_state, call.stages[-1])
@@ -168,7 +168,13 @@ class Hooks:
     def pack(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A method of the model that crops, interpolates or pools features, run over dead rows."""
         call = self.left.get()
-        return original(*args, **kwargs) if call is None else pack_over_dead(original, args, kwargs)
+        if call is None:
+            return original(*args, **kwargs)
+        packed = pack_over_dead(original, args, kwargs) if call.removes else original(*args, **kwargs)
+        if isinstance(packed, tuple):
+            tiles = [len(features) for features in next(iter([*args, *kwargs.values()]))]
+            call.record.packed.extend(zip(tiles, map(len, packed[0]), strict=True))
+        return packed
 
     # The language model -------------------------------------------------------------------------
 

@@ -152,8 +152,8 @@ class Handle:
                 self._hook_block(number)
             if seams.regrid is not None:
                 self._before(seams.regrid.module, partial(hooks.enter_regrid, seams.regrid))
-            for name in seams.packing:
-                self._wrap_method(seams.model, name, hooks.pack)
+        for name in seams.packing:
+            self._wrap_method(seams.model, name, hooks.pack)
         self._before(seams.model, hooks.enter_model)
         self._after(seams.model, hooks.leave_model, always=True)
         self._before(seams.language_model, hooks.enter_language)

@@ -169,11 +169,10 @@ def build_report(
         rows: batch rows.
     """
     calls = list(encoded or ())
-    pool = [pair for c in calls for pair in zip(c.grids, c.schedules, strict=True)]
     visual = call.visual
     if visual is None:
         raise ValueError("a report needs a call that brought pictures")
-    encodings, used = _encodings(pool, visual, call.segment_rows)
+    encodings, used = _encodings(calls, visual, call.segment_rows)
     pictures: list[PictureRecord] = []
     by_row: list[list[SegmentSchedule]] = [[] for _ in range(rows)]
     for number, kind in enumerate(visual.kinds):
@@ -203,7 +202,7 @@ def build_report(
             )
         )
     texts = [call.length - sum(s.tokens for s in row) for row in by_row]
-    flops = count_flops(plan, shape, [s for _, s in used], list(zip(texts, by_row, strict=True)))
+    flops = count_flops(plan, shape, used, list(zip(texts, by_row, strict=True)))
     backend = next((c.backend for c in calls if c.backend), None)
     return Report(tuple(pictures), flops, backend)
 
@@ -213,10 +212,10 @@ def _removed(tiles: Sequence[Encoding]) -> int:
 
 
 def _encodings(
-    pool: Sequence[Encoding], visual: VisualInput, rows: Sequence[int]
-) -> tuple[list[list[Encoding]], Sequence[Encoding]]:
-    """The grids behind each segment, none for features that the caller brought along, and the part of
-    `pool` this call used: its end, for earlier pictures may have been encoded for nobody.
+    calls: Sequence[EncoderRecord], visual: VisualInput, rows: Sequence[int]
+) -> tuple[list[list[Encoding]], list[SegmentSchedule]]:
+    """The grids behind each segment, none for features that the caller brought along, and those this
+    call used: the last ones encoded, for earlier pictures may have been encoded for nobody.
 
     `generate` encodes first and repeats rows for beams and several answers afterwards: the first row
     of each group is the one they came from.
@@ -227,11 +226,39 @@ def _encodings(
         places.append((kind, row, counter[kind, row]))
         counter[kind, row] += 1
     for repeats in range(1, max(rows) + 2):
-        first = [i for i, (_, row, _) in enumerate(places) if row % repeats == 0]
-        units = [n for i in first for n in visual.encoded_units[i]]
-        used = pool[len(pool) - len(units) :] if len(units) <= len(pool) else ()
-        if used and [s.tokens for _, s in used] == units:
-            tiles = iter(used)
-            origin = {places[i]: [next(tiles) for _ in visual.encoded_units[i]] for i in first}
+        pool = _groups(calls)
+        origin: dict[tuple[str, int, int], list[Encoding]] = {}
+        for i in reversed([i for i, (_, row, _) in enumerate(places) if row % repeats == 0]):
+            tiles = _take_last(pool, visual.encoded_units[i], visual.tokens[i])
+            if tiles is None:
+                break
+            origin[places[i]] = tiles
+        else:
+            used = [s for tiles in reversed(origin.values()) for _, s in tiles]
             return [origin[kind, row - row % repeats, nth] for kind, row, nth in places], used
-    return [[] for _ in places], ()
+    return [[] for _ in places], []
+
+
+def _groups(calls: Sequence[EncoderRecord]) -> list[tuple[list[Encoding], int | None]]:
+    """What was encoded, in order: grids that became one picture, and its tokens if packing told."""
+    groups: list[tuple[list[Encoding], int | None]] = []
+    for call in calls:
+        encodings = list(zip(call.grids, call.schedules, strict=True))
+        for tiles, tokens in call.packed or [(1, None)] * len(encodings):
+            groups.append((encodings[:tiles], tokens))
+            encodings = encodings[tiles:]
+    return groups
+
+
+def _take_last(
+    pool: list[tuple[list[Encoding], int | None]], units: tuple[int, ...] | None, tokens: int
+) -> list[Encoding] | None:
+    """Take a picture's grids off the end of the pool; `None` if what is there is another's."""
+    if units is None:
+        return pool.pop()[0] if pool and pool[-1][1] == tokens else None
+    if not units or len(units) > len(pool):
+        return None
+    last = pool[len(pool) - len(units) :]
+    del pool[len(pool) - len(units) :]
+    tiles = [encoding for group, _ in last for encoding in group]
+    return tiles if tuple(s.tokens for _, s in tiles) == units else None

@@ -121,11 +121,13 @@ class EncoderRecord:
         grids: `(frames, height, width)` in patches per picture or tile.
         schedules: what the plan did to each, counted in merge units.
         backend: the kernel that gave the attention statistics, `None` where nothing merged.
+        packed: filled in by a model's packing: tiles of each picture, and visual tokens made of them.
     """
 
     grids: tuple[tuple[int, int, int], ...]
     schedules: list[SegmentSchedule]
     backend: str | None
+    packed: list[tuple[int, int]] = field(default_factory=list)
 
 
 class VisionCall:
@@ -171,7 +173,9 @@ class VisionCall:
         self._spans: Spans | None = None
         self._decisions: dict[int, merge.Merge] = {}
 
+    @cached_property
     def record(self) -> EncoderRecord:
+        """Of the finished call."""
         return EncoderRecord(self.layout.grids, self.schedules, self.backend)
 
     @property

@@ -9,6 +9,8 @@ from illava.errors import UnsupportedModelError
 
 _FILES = {
     "internvl": "illava.families.internvl",
+    "llava_next": "illava.families.llava",
+    "llava_onevision": "illava.families.llava",
     "qwen2_vl": "illava.families.qwen2_vl",
     "qwen2_5_vl": "illava.families.qwen2_vl",
     "qwen3_vl": "illava.families.qwen3_vl",

@@ -156,19 +156,19 @@ class VisualInput:
         kinds: `"image"` or `"video"` per segment.
         tokens: visual tokens per segment in this call.
         encoded_units: per segment, the merge units of each grid it was encoded as (one grid, or a
-            picture's tiles), in the encoder's order.
+            picture's tiles), in the encoder's order; `None` where the model's packing tells.
     """
 
     segment: Tensor
     kinds: tuple[str, ...]
     tokens: tuple[int, ...]
-    encoded_units: tuple[tuple[int, ...], ...]
+    encoded_units: tuple[tuple[int, ...] | None, ...]
 
 
 def visual_input(
     model: nn.Module,
     call: Mapping[str, Any],
-    pictures: Mapping[str, Sequence[tuple[int, tuple[int, ...]]]],
+    pictures: Mapping[str, Sequence[tuple[int, tuple[int, ...] | None]]],
 ) -> VisualInput | None:
     """Find the tokens of pictures in a call; `None` if it brings no picture.
 
@@ -179,12 +179,12 @@ def visual_input(
         model: the model called, for its placeholder tokens.
         call: its arguments by name.
         pictures: for `"image"` and `"video"`, of each picture its visual tokens and the merge units
-            of each grid it is encoded as.
+            of each grid it is encoded as, if known.
     """
     segment: Tensor | None = None
     kinds: list[str] = []
     tokens: list[int] = []
-    units: list[tuple[int, ...]] = []
+    units: list[tuple[int, ...] | None] = []
     for kind, found in pictures.items():
         place = placeholders(model, call, kind)
         if segment is None:
