@@ -18,19 +18,18 @@ layer up to it: that layer's rotated queries and keys, its probabilities among a
 which the rows and columns of the tokens still alive are read (without renormalising). Affinities are softmaxes over
 the targets present, as ever. A merge before the first full-attention layer has nothing to go by.
 
-Where HF's flow differs from FACTS.md, or adds to it:
-  * merged order: the merger inside the tower leaves its windows in raster order of the halved grid, so nothing is
-    permuted after it;
-  * `insert_layer_id` of the vision config is overwritten by that of the whole config, and a negative one skips the
-    merger inside the tower while the final merger is still told of halved grids. Such configs do not run, and
-    `merger_times` beyond 1 (a second downsampling at the end) is left out here: no checkpoint has it;
-  * queries of full-attention layers leave `q_proj` interleaved with a gate, head by head; the gate multiplies
-    attention's output by its sigmoid. Norms of queries and keys come before the rotation, which turns only the
-    first `partial_rotary_factor` of each head;
-  * mRoPE is interleaved: of frequency 0, 1, 2, 3, ... the axes are T, H, W, T, ... until the sections are used up.
-    MiniCPM-V 4.6 puts one position on all three axes, 4.7 has its own (`get_rope_index`);
-  * a token's state in a linear layer decays by its own rate only when it is met: a token merged away takes its decay
-    with it.
+Where HF's flow adds to FACTS.md (nothing there is wrong):
+  * the merger inside the tower leaves its windows in raster order of the halved grid: nothing is permuted after it;
+  * `vision_config.insert_layer_id` is overwritten by the `insert_layer_id` of the whole config. Left out here, since
+    no checkpoint has them: `merger_times` beyond 1 (units of 8x8 patches), and a negative `insert_layer_id` (the
+    merger inside the tower is skipped, yet the final merger is told of halved grids);
+  * queries of full-attention layers leave `q_proj` interleaved with a gate, head by head; the gate's sigmoid
+    multiplies attention's output before `o_proj`. Norms of queries and keys come before the rotation, which turns
+    only the first `partial_rotary_factor` of each head;
+  * mRoPE is interleaved: frequencies 0, 1, 2, 3, ... turn with T, H, W, T, ... until a section is used up.
+    MiniCPM-V 4.6 puts one position on all three axes, 4.7 has its own (`get_rope_index`), and its generated tokens
+    stand after the largest position of the prompt;
+  * a linear layer's state decays once for each token it meets: a token merged away takes its decay with it.
 
 Sizes in the shape comments: S tokens or patches alive now, H heads, d head size, D hidden size, g patches of a unit.
 """
@@ -104,9 +103,7 @@ def see(model, inputs, removed, options):
         pieces = packed.split([h * w * model.config.patch_size for h, w in sizes], dim=-1)
         found = []
         for segment, (pixels, (h, w)) in enumerate(zip(pieces, sizes)):
-            features, new_merges = encode(
-                model, pixels, h, w, fourfold, removed, segment, source, options
-            )
+            features, new_merges = encode(model, pixels, h, w, fourfold, removed, segment, source, options)
             seen[source].append(features)
             found += new_merges
         merges += sorted(found, key=lambda merge: merge.layer)  # stable: segments ascend within a block
@@ -120,7 +117,9 @@ def encode(model, pixels, h, w, fourfold, removed, segment, source, options):
     n_units = (h // side) * (w // side)
     removed = removed(n_units)
 
-    x = tower.embeddings(pixels, target_sizes=torch.tensor([[h, w]]))[0]  # [h * w, D], raster order of patches
+    x = tower.embeddings(pixels, target_sizes=torch.tensor([[h, w]]))[
+        0
+    ]  # [h * w, D], raster order of patches
     rows = [
         (r * side + i) * w + c * side + j
         for r in range(h // side)
@@ -247,7 +246,9 @@ def read(model, input_ids, prompt_length, seen, positions, removed, options):
         if not any(plan.get(layer, 0) for plan in plans):
             continue
         if asked is None:
-            raise ValueError(f"Layer {layer} comes before the first full-attention layer: nothing ranks its tokens.")
+            raise ValueError(
+                f"Layer {layer} comes before the first full-attention layer: nothing ranks its tokens."
+            )
 
         then, q, k = asked  # `then`: the positions alive in that layer, `held` among them
         causal = torch.ones(len(then), len(then)).tril().bool()
@@ -323,7 +324,12 @@ def decoder_angles(config, positions):
 
 def attend_linearly(attention, x):
     """The gated delta rule over the tokens of `x [S, D]`, one after another."""
-    n_k, n_v, d_k, d_v = attention.num_k_heads, attention.num_v_heads, attention.head_k_dim, attention.head_v_dim
+    n_k, n_v, d_k, d_v = (
+        attention.num_k_heads,
+        attention.num_v_heads,
+        attention.head_k_dim,
+        attention.head_v_dim,
+    )
     mixed = convolve(attention.conv1d.weight[:, 0], attention.in_proj_qkv(x))
     q, k, v = mixed.split([n_k * d_k, n_k * d_k, n_v * d_v], dim=-1)
     q, k = unit_length(q.reshape(-1, n_k, d_k)), unit_length(k.reshape(-1, n_k, d_k))
@@ -331,7 +337,9 @@ def attend_linearly(attention, x):
     q, k = q.repeat_interleave(share, dim=1) * d_k**-0.5, k.repeat_interleave(share, dim=1)  # [S, n_v, d_k]
     v = v.reshape(-1, n_v, d_v)
     rate = attention.in_proj_b(x).sigmoid()  # [S, n_v]: how much a token writes
-    decay = (-attention.A_log.exp() * F.softplus(attention.in_proj_a(x) + attention.dt_bias)).exp()  # [S, n_v]
+    decay = (
+        -attention.A_log.exp() * F.softplus(attention.in_proj_a(x) + attention.dt_bias)
+    ).exp()  # [S, n_v]
     out = torch.zeros_like(v)
     for head in range(n_v):
         state = x.new_zeros(d_k, d_v)

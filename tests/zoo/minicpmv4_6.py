@@ -1,24 +1,22 @@
 """A small MiniCPM-V 4.6 with its real processor; its helpers also serve MiniCPM-V 4.7.
 
-The family exists only in transformers 5.23 and later: there is none in 4.57.
+The family exists only in transformers 5.x: there is none in 4.57.
 
-Every picture becomes a thumbnail and, where it is large, slices; every video frame likewise. Each of them is one
-row of `target_sizes` (`target_sizes_videos`): one encoder segment and one segment of the language model.
-In the default "16x" mode a token of the language model shows 4x4 patches of 4x4 pixels (a 16-pixel square), in
-"4x" mode 2x2 patches. A row that holds the part `FOURFOLD` is prompted in "4x" mode, the whole batch with it:
-the mode is then an entry of the inputs, `downsample_mode="4x"`, a string.
+Every picture becomes a thumbnail and, where it is large, slices; every video frame likewise. Each of them is
+one row of `target_sizes` (`target_sizes_videos`): one encoder segment and one segment of the language model.
+In the default "16x" mode a token of the language model shows 4x4 patches of 4x4 pixels (a square of 16), in
+"4x" mode 2x2 patches. A row that holds the part `FOURFOLD` is prompted in "4x" mode, and the whole batch with
+it: the mode is then an entry of the inputs, `downsample_mode="4x"`, a string.
 
-The decoder's layers are linear, full, linear, linear, full, linear, ...: layer `i` attends fully where `i % 3 == 1`.
+The decoder's layers are linear, full, linear, linear, full, linear, ...: layer i attends fully if i % 3 == 1.
 
 What the unpatched family cannot do, or does not do as one might think:
-  * a different mode for each picture of a call: the mode is one for the call;
-  * a part of the pictures: `pixel_values` packs the pictures of all rows into one sequence with a first dimension
-    of 1, so nothing splits a batch by rows but the counts of placeholders;
-  * `forward` counts positions from the start of the padded row, whatever the attention mask (4.6 makes its
-    positions from nothing but the length), `generate` from the first token that is not padding.
-    Rotary embeddings are relative, so that only the rounding differs;
-  * slices that do not tile the picture in whole units: the processor resizes to multiples of 16 pixels (8 in "4x"
-    mode), so it never makes them.
+  * a mode for each picture: there is one for the call;
+  * pictures by rows: `pixel_values` packs the pictures of all rows into one sequence with a first dimension
+    of 1; only the counts of placeholders tell which row a picture belongs to. Rows may differ in them;
+  * positions by the attention mask in `forward`: 4.6 makes them from the padded length alone, `generate` from
+    the first token that is not padding. Rotary embeddings are relative: it differs by rounding;
+  * right padding in `generate`: it runs, and goes on from the padding (HF warns).
 """
 
 import functools
@@ -26,7 +24,6 @@ import functools
 import torch
 import transformers
 from transformers import MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration
-
 from zoo.common import Image, Video, scale_weights, tokenizer, words
 
 NAME = "minicpmv4_6"
@@ -46,7 +43,7 @@ NAMED = {
     "newline_token": "\n",  # between two rows of slices
 }
 
-# A square of 80 pixels is one segment of 25 units; a larger picture is sliced, each slice about that large again.
+# A square of 80 pixels is one segment of 25 units; larger pictures are sliced, into slices about that large.
 PLAIN, WIDE, TALL, SLICED = (60, 90), (56, 100), (100, 64), (170, 84)
 KINDS = {
     "one picture": [[3, Image(*SLICED, seed=1), 5]],  # a thumbnail and two slices, a newline between them
@@ -108,9 +105,10 @@ def config_of(layers):
             ],
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 4,
-            # in narrower heads a query now and then meets nothing, and the norm after it blows up the rounding
             "linear_key_head_dim": 16,
             "linear_value_head_dim": 16,
+            # a query of a linear layer may read next to nothing: the norm after it must not magnify rounding
+            "rms_norm_eps": 1e-4,
             "max_position_embeddings": 1024,
             "rope_parameters": {
                 "rope_type": "default",

@@ -1,16 +1,16 @@
 """A small MiniCPM-V 4.7 with its real processor: MiniCPM-V 4.6 with positions on a canvas.
 
-Only in transformers 5.23 and later. The prompts are those of 4.6, whose docstring says how they are made, but:
-  * the processor adds `mm_token_type_ids`, which the model needs with any picture ("Multimodal data was passed ...
-    but `mm_token_type_ids` is missing");
-  * thumbnail and slices of a picture share one canvas: positions of the language model are three numbers, they
-    repeat and run backwards within a row, and the last of them is not the number of tokens before it;
+Only in transformers 5.x. The prompts are those of 4.6, whose docstring says how they are made, but:
+  * the processor adds `mm_token_type_ids`, which the model needs with any picture (ValueError "Multimodal
+    data was passed (via `target_sizes` or `target_sizes_videos`) but `mm_token_type_ids` is missing");
+  * thumbnail and slices of a picture share one canvas: a position is three numbers, positions repeat and run
+    backwards within a row, and the last one is not the number of tokens before it;
   * videos carry no `<image_id>`.
 
 What the unpatched family cannot do, beyond what 4.6 cannot:
   * start from `inputs_embeds` alone: without `input_ids` its positions fall back to one dimension;
-  * text alone after a picture: `model.model.rope_deltas` survives the call that set it, and a later call of `forward`
-    with the cache of a text-only prompt adds the stale number (`generate` is not affected).
+  * text alone after a picture, by `forward` and a cache: `model.model.rope_deltas` outlives the call that set
+    it, and decoding on from a text-only prompt adds the stale number (`generate` is not affected).
 """
 
 import functools
@@ -18,7 +18,6 @@ import functools
 import torch
 import transformers
 from transformers import MiniCPMV4_7Config, MiniCPMV4_7ForConditionalGeneration
-
 from zoo.minicpmv4_6 import (
     FOURFOLD,  # noqa: F401
     KINDS,  # noqa: F401
