@@ -146,9 +146,11 @@ def random_model(model_class, config, seed, attention, dtype):
             # the text model's norms multiply by 1 + weight, but for the gated one
             zero = "language_model" in name and "linear_attn" not in name
             near(weight, 0.0 if zero else 1.0, 0.1)
+    for weight in model.parameters():  # not the buffers: HF keeps rotary frequencies in fp32
+        weight.data = weight.data.to(dtype)
     model.generation_config.pad_token_id = processor().tokenizer.pad_token_id
     model.generation_config.eos_token_id = None
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 # ---------------------------------------------------------------- prompts
