@@ -41,6 +41,8 @@ def check_untouched(seams: Seams) -> None:
     ]
     for place, module in places:
         own = module.__dict__.get("forward")
+        if getattr(own, "__func__", None) is type(module).forward:
+            own = None  # 4.57 puts a module's own forward back on the instance
         by_accelerate = hasattr(module, "_hf_hook")
         by_compile = hasattr(own, "_torchdynamo_orig_callable")
         home = getattr(type(module).forward, "__module__", "")

@@ -85,7 +85,7 @@ def measure(seams: Seams) -> ModelShape:
     spans = [None if i in whole or i >= depth else seams.window_patches for i in range(total)]
     unit, regrid = seams.merge_size**2, None
     unit_tokens = [unit] * total
-    if seams.regrid is not None:
+    if seams.regrid is not None and seams.regrid.block >= 0:
         for number in range(seams.regrid.block + 1, total):
             unit_tokens[number] = unit // 4
         regrid = (seams.regrid.block, _regrid_weights(seams.regrid.module, _width(block_attention), unit))
@@ -111,7 +111,7 @@ def measure(seams: Seams) -> ModelShape:
 def count_flops(
     plan: ModelPlan,
     shape: ModelShape,
-    schedules: Sequence[SegmentSchedule],
+    encoded: Sequence[tuple[SegmentSchedule, int]],
     rows: Sequence[tuple[int, Sequence[SegmentSchedule]]],
 ) -> Flops:
     """Operations of one prefill.
@@ -119,12 +119,14 @@ def count_flops(
     Args:
         plan: whose layers merge.
         shape: of the model.
-        schedules: every picture the encoder encodes.
+        encoded: every picture the encoder encodes, and the patches of its merge units.
         rows: per batch row, its text tokens and its pictures.
     """
     vision = Cost(0, 0)
-    for schedule in schedules:
-        vision += Cost(_vision(shape, schedule, {}), _vision(shape, schedule, _after(schedule.vit)))
+    for schedule, unit in encoded:
+        without: dict[int, int] = {}
+        with_ = _after(schedule.vit)
+        vision += Cost(_vision(shape, schedule, unit, without), _vision(shape, schedule, unit, with_))
     language = Cost(0, 0)
     for text, pictures in rows:
         full = text + sum(p.tokens for p in pictures)
@@ -138,10 +140,12 @@ def _after(layers: Sequence[tuple[int, int, int]]) -> dict[int, int]:
     return {layer: out for layer, _, out in layers}
 
 
-def _vision(shape: ModelShape, schedule: SegmentSchedule, after: dict[int, int]) -> float:
+def _vision(shape: ModelShape, schedule: SegmentSchedule, unit: int, after: dict[int, int]) -> float:
     whole = units = schedule.tokens
-    total = 2.0 * shape.embed * units * shape.unit_tokens[0]
-    for number, (window, per_unit) in enumerate(zip(shape.block_spans, shape.unit_tokens, strict=True)):
+    total = 2.0 * shape.embed * units * unit
+    regrid = shape.regrid if unit == shape.unit_tokens[0] else None  # left out for units of another size
+    unit_tokens = shape.unit_tokens if regrid else (unit,) * len(shape.unit_tokens)
+    for number, (window, per_unit) in enumerate(zip(shape.block_spans, unit_tokens, strict=True)):
         tokens = units * per_unit
         span = tokens / schedule.frames
         if window is not None:
@@ -150,8 +154,8 @@ def _vision(shape: ModelShape, schedule: SegmentSchedule, after: dict[int, int])
         units = after.get(number, units)
         total += 2.0 * shape.block_ffn * units * per_unit
         total += sum(2.0 * weights * units for block, weights in shape.projectors if block == number)
-        if shape.regrid is not None and shape.regrid[0] == number:
-            total += 2.0 * shape.regrid[1] * units
+        if regrid is not None and regrid[0] == number:
+            total += 2.0 * regrid[1] * units
     return total
 
 

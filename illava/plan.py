@@ -349,6 +349,11 @@ def scale_layers(layers: Sequence[int], of_depth: int, depth: int) -> tuple[int,
     return tuple(sorted({min(depth - 1, round(layer * depth / of_depth)) for layer in layers}))
 
 
+def nearest_layers(layers: Sequence[int], among: Collection[int]) -> tuple[int, ...]:
+    """The nearest of `among` to each layer, the earlier of two."""
+    return tuple(sorted({min(sorted(among), key=lambda at: abs(at - layer)) for layer in layers}))
+
+
 def _by_ratio(tokens: int, keep_ratio: float | None, layers: int) -> tuple[int, ...]:
     removed = []
     for _ in range(layers):

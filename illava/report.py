@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from illava.language import LanguageCall
     from illava.vision import EncoderRecord
 
-Encoding = tuple[tuple[int, int, int], SegmentSchedule]  # a picture's grid, and what the plan did to it
+# A picture's grid, what the plan did to it, and the patches of its merge units.
+Encoding = tuple[tuple[int, int, int], SegmentSchedule, int]
 
 
 @dataclass(frozen=True)
@@ -178,11 +179,11 @@ def build_report(
     for number, kind in enumerate(visual.kinds):
         row, tokens, alive = call.segment_rows[number], call.tokens[number], call.counts[0][number]
         tiles = encodings[number]
-        if tiles and sum(s.tokens for _, s in tiles) == tokens != alive + _removed(tiles):
+        if tiles and sum(s.tokens for _, s, _ in tiles) == tokens != alive + _removed(tiles):
             tiles = []  # not encoded under this plan
         vit = [
             LayerRecord("vit", entries[0][0], sum(e[1] for e in entries), sum(e[2] for e in entries))
-            for entries in zip(*(s.vit for _, s in tiles), strict=True)
+            for entries in zip(*(s.vit for _, s, _ in tiles), strict=True)
         ]
         llm, left = [], alive
         for layer, removed in call.removed.items():
@@ -195,25 +196,25 @@ def build_report(
                 grid=tiles[0][0] if tiles else None,
                 tiles=len(tiles),
                 tokens=tokens,
-                encoded_units=sum(s.tokens for _, s in tiles) if tiles else None,
+                encoded_units=sum(s.tokens for _, s, _ in tiles) if tiles else None,
                 entered_tokens=alive,
                 layers=(*vit, *(LayerRecord("llm", *entry) for entry in llm)),
                 asked_reduction=plan.reduction,
             )
         )
     texts = [call.length - sum(s.tokens for s in row) for row in by_row]
-    flops = count_flops(plan, shape, used, list(zip(texts, by_row, strict=True)))
+    flops = count_flops(plan, shape, [(s, n) for _, s, n in used], list(zip(texts, by_row, strict=True)))
     backend = next((c.backend for c in calls if c.backend), None)
     return Report(tuple(pictures), flops, backend)
 
 
 def _removed(tiles: Sequence[Encoding]) -> int:
-    return sum(s.tokens - s.encoder_tokens for _, s in tiles)
+    return sum(s.tokens - s.encoder_tokens for _, s, _ in tiles)
 
 
 def _encodings(
     calls: Sequence[EncoderRecord], visual: VisualInput, rows: Sequence[int]
-) -> tuple[list[list[Encoding]], list[SegmentSchedule]]:
+) -> tuple[list[list[Encoding]], list[Encoding]]:
     """The grids behind each segment, none for features that the caller brought along, and those this
     call used: the last ones encoded, for earlier pictures may have been encoded for nobody.
 
@@ -234,7 +235,7 @@ def _encodings(
                 break
             origin[places[i]] = tiles
         else:
-            used = [s for tiles in reversed(origin.values()) for _, s in tiles]
+            used = [tile for tiles in reversed(origin.values()) for tile in tiles]
             return [origin[kind, row - row % repeats, nth] for kind, row, nth in places], used
     return [[] for _ in places], []
 
@@ -243,8 +244,9 @@ def _groups(calls: Sequence[EncoderRecord]) -> list[tuple[list[Encoding], int | 
     """What was encoded, in order: grids that became one picture, and its tokens if packing told."""
     groups: list[tuple[list[Encoding], int | None]] = []
     for call in calls:
-        encodings = list(zip(call.grids, call.schedules, strict=True))
-        for tiles, tokens in call.packed or [(1, None)] * len(encodings):
+        encodings = [(g, s, call.unit_tokens) for g, s in zip(call.grids, call.schedules, strict=True)]
+        whole: list[tuple[int, int | None]] = [(1, None)] * len(encodings)
+        for tiles, tokens in call.packed or whole:
             groups.append((encodings[:tiles], tokens))
             encodings = encodings[tiles:]
     return groups
@@ -261,4 +263,4 @@ def _take_last(
     last = pool[len(pool) - len(units) :]
     del pool[len(pool) - len(units) :]
     tiles = [encoding for group, _ in last for encoding in group]
-    return tiles if tuple(s.tokens for _, s in tiles) == units else None
+    return tiles if tuple(s.tokens for _, s, _ in tiles) == units else None

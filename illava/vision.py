@@ -121,12 +121,14 @@ class EncoderRecord:
         grids: `(frames, height, width)` in patches per picture or tile.
         schedules: what the plan did to each, counted in merge units.
         backend: the kernel that gave the attention statistics, `None` where nothing merged.
+        unit_tokens: patches of a merge unit.
         packed: filled in by a model's packing: tiles of each picture, and visual tokens made of them.
     """
 
     grids: tuple[tuple[int, int, int], ...]
     schedules: list[SegmentSchedule]
     backend: str | None
+    unit_tokens: int
     packed: list[tuple[int, int]] = field(default_factory=list)
 
 
@@ -176,7 +178,7 @@ class VisionCall:
     @cached_property
     def record(self) -> EncoderRecord:
         """Of the finished call."""
-        return EncoderRecord(self.layout.grids, self.schedules, self.backend)
+        return EncoderRecord(self.layout.grids, self.schedules, self.backend, self.layout.unit_tokens)
 
     @property
     def removes(self) -> bool:

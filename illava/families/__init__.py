@@ -11,6 +11,8 @@ _FILES = {
     "internvl": "illava.families.internvl",
     "llava_next": "illava.families.llava",
     "llava_onevision": "illava.families.llava",
+    "minicpmv4_6": "illava.families.minicpmv",
+    "minicpmv4_7": "illava.families.minicpmv",
     "qwen2_vl": "illava.families.qwen2_vl",
     "qwen2_5_vl": "illava.families.qwen2_vl",
     "qwen3_vl": "illava.families.qwen3_vl",
