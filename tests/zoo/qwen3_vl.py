@@ -1,12 +1,13 @@
 """A small Qwen3-VL with its real processor.
 
 What there is to know of the unpatched family:
-- Taps: the encoder's deepstack features after blocks 0, 1 and 3 are added after decoder layers 0, 1 and 2. With merges
-  in blocks 0, 1 and 2 every tap sees another number of survivors.
+- Taps: the encoder's deepstack features after blocks 0, 1 and 3 are added after decoder layers 0, 1 and 2.
+  With merges in blocks 0, 1 and 2 every tap sees another number of survivors.
 - A video's frames stand apart in the prompt: `<0.5 seconds>`, a start marker, the frame, an end marker. The
   template's own pair of markers around the video stays in transformers 5 and is swallowed in 4.57.
 - transformers 5 needs `mm_token_type_ids` (its processor gives them); 4.57 knows no such argument.
-- Everything works that `KINDS` lists: any number of pictures and videos in a row, other numbers in other rows.
+- Everything works that `KINDS` lists: any number of pictures and videos in a row, and other numbers in other
+  rows of a batch.
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ import functools
 
 import torch
 import transformers
-
 from zoo import common, qwen_prompts
 from zoo.common import V5, Image, Video
 
 NAME = "qwen3_vl"
 
-# Frames two seconds apart, since two of them make one patch in time; an odd last one is doubled, hence the 4.0.
+# Frames of one second, two of which make a patch in time; an odd last one is doubled, hence the 4.0.
 TIMES = ("seconds>", "<0.5", "<2.5", "<4.0", "<4.5")
 
 A, B, C = Image(160, 192), Image(192, 128, seed=1), Image(130, 126, seed=2)  # 5 x 6, 6 x 4 and 4 x 4 units
@@ -77,8 +77,8 @@ def config_parts(layers: int) -> dict:
     theta = {"rope_theta": 5e6}
     text = dict(
         vocab_size=len(tokens), hidden_size=32, intermediate_size=48, num_hidden_layers=layers, head_dim=16,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, pad_token_id=tokens.pad_token_id,
-        eos_token_id=tokens.eos_token_id, tie_word_embeddings=False,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+        pad_token_id=tokens.pad_token_id, eos_token_id=tokens.eos_token_id, tie_word_embeddings=False,
         **({"rope_parameters": rope | theta} if V5 else {"rope_scaling": rope} | theta),
     )  # fmt: skip
     vision = dict(

@@ -1,10 +1,9 @@
-"""Prompts for the Qwen-VL families: they share placeholders, markers and the way their processors are called."""
+"""Prompts for the Qwen-VL families: they share placeholders, markers and the way to call a processor."""
 
 from __future__ import annotations
 
 import torch
 import transformers
-
 from zoo.common import V5, Image, tokenizer, words
 
 PAD, EOS = "<|endoftext|>", "<|im_end|>"
@@ -17,8 +16,8 @@ def qwen_tokenizer(more: tuple[str, ...] = ()):
     """The zoo's tokenizer with Qwen's markers and placeholders, and `more` tokens."""
     plain = tokenizer([*SPECIAL, *more], pad=PAD, eos=EOS, image_token=IMAGE, video_token=VIDEO)
     if V5:
-        # Version 5 takes named extra tokens for all there are and drops the unnamed ones; without them a marker
-        # that stands next to a timestamp without a space would be one unknown word with it.
+        # Version 5 takes named extra tokens for all there are and drops the unnamed ones; without them a
+        # marker that stands next to a timestamp without a space would be one unknown word with it.
         plain.add_tokens([*SPECIAL, *more], special_tokens=True)
         return plain
     # The processors of 4.57 insist on a tokenizer of Qwen's own class.
@@ -37,13 +36,14 @@ def image_processor(**settings):
 def token_ids(tokens) -> dict:
     """The token ids that a Qwen-VL config names."""
     names = {
-        "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END,
+        "image_token_id": IMAGE, "video_token_id": VIDEO,
+        "vision_start_token_id": START, "vision_end_token_id": END,
     }  # fmt: skip
     return {name: tokens.convert_tokens_to_ids(token) for name, token in names.items()}
 
 
 def text_of(row, seed: int) -> str:
-    """Words, and each picture's or video's placeholder between its markers as the chat template writes them."""
+    """Words, and each picture's or video's placeholder between markers, as the chat template writes them."""
     generator = torch.Generator().manual_seed(seed)
     pieces = []
     for part in row:
