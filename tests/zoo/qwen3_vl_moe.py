@@ -1,8 +1,8 @@
 """A small Qwen3-VL with a mixture of experts: Qwen3-VL in everything but the decoder's feed-forward part.
 
 Prompts, processor and what the unpatched family can do are Qwen3-VL's. In 4.57 the experts' weights lie the
-other way round ([experts, in, out], in transformers 5 [experts, out, in]) and the mixture returns router logits
-as well. The same seed gives other weights on the two versions.
+other way round ([experts, in, out], in transformers 5 [experts, out, in]) and the mixture returns router
+logits as well. The same seed gives other weights on the two versions.
 """
 
 from __future__ import annotations
