@@ -16,7 +16,7 @@ import functools
 
 import torch
 import transformers
-from zoo import common, qwen_prompts
+from zoo import qwen
 from zoo.common import V5, Image, Video
 
 NAME = "qwen3_vl"
@@ -43,17 +43,15 @@ def processor():
     # transformers 5 warns unless it is told whether to cap the pixels of a frame; 4.57 has no cap.
     cap = {"cap_pixels_per_frame": False} if V5 else {}
     return transformers.Qwen3VLProcessor(
-        image_processor=qwen_prompts.image_processor(
-            image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5], **sizes
-        ),
-        tokenizer=qwen_prompts.qwen_tokenizer(TIMES),
+        image_processor=qwen.image_processor(image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5], **sizes),
+        tokenizer=qwen.qwen_tokenizer(TIMES),
         video_processor=transformers.Qwen3VLVideoProcessor(**sizes, **cap),
     )
 
 
 def prompt(*rows, side="left", dtype=torch.float32, seeds=None):
     """Inputs for `model(**inputs)` and `model.generate(**inputs)`: one list of parts for each batch row."""
-    return qwen_prompts.inputs_of(processor(), rows, side=side, dtype=dtype, seeds=seeds)
+    return qwen.inputs_of(processor(), rows, side=side, dtype=dtype, seeds=seeds)
 
 
 def text_tokens(row) -> int:
@@ -85,27 +83,8 @@ def config_parts(layers: int) -> dict:
         depth=4, hidden_size=32, num_heads=2, intermediate_size=48, out_hidden_size=32, patch_size=16,
         num_position_embeddings=49, deepstack_visual_indexes=[0, 1, 3],
     )  # fmt: skip
-    ids = qwen_prompts.token_ids(tokens)
+    ids = qwen.token_ids(tokens)
     return dict(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
-
-
-def random_weights(model, seed: int, dtype):
-    """Seeded random weights everywhere: also norms, and position embeddings that can be told from noise."""
-    common.scale_weights(model, seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    for name, weight in model.named_parameters():
-        if name.endswith(("q_norm.weight", "k_norm.weight")):
-            # These two alone say how sharp the language model's attention is.
-            weight.data = 1.2 + 0.6 * torch.rand(weight.shape, generator=generator)
-        elif "norm" in name and name.endswith("weight"):
-            weight.data = 1 + 0.2 * torch.randn(weight.shape, generator=generator)
-        elif "pos_embed" in name:
-            weight.data = 0.4 * torch.randn(weight.shape, generator=generator)
-    for weight in model.parameters():
-        weight.data = weight.data.to(dtype)  # not `model.to`: rotary frequencies stay in full precision
-    model.generation_config.pad_token_id = processor().tokenizer.pad_token_id
-    model.generation_config.eos_token_id = None  # a random model should not stop early
-    return model.eval()
 
 
 def build(*, seed=0, attention="sdpa", dtype=torch.float32, layers=4):
@@ -113,4 +92,6 @@ def build(*, seed=0, attention="sdpa", dtype=torch.float32, layers=4):
     config = transformers.Qwen3VLConfig(**config_parts(layers))
     torch.manual_seed(seed)
     kind = transformers.Qwen3VLForConditionalGeneration
-    return random_weights(kind._from_config(config, attn_implementation=attention, dtype=dtype), seed, dtype)
+    return qwen.random_weights(
+        kind._from_config(config, attn_implementation=attention, dtype=dtype), seed, dtype
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 import transformers
+from zoo import qwen
 from zoo.common import V5
 from zoo.qwen3_vl import (  # noqa: F401
     KINDS,
@@ -17,7 +18,6 @@ from zoo.qwen3_vl import (  # noqa: F401
     config_parts,
     processor,
     prompt,
-    random_weights,
     text_tokens,
 )
 
@@ -32,7 +32,7 @@ def build(*, seed=0, attention="sdpa", dtype=torch.float32, layers=4):
     torch.manual_seed(seed)
     kind = transformers.Qwen3VLMoeForConditionalGeneration
     model = kind._from_config(config, attn_implementation=attention, dtype=dtype)
-    random_weights(model, seed, torch.float32)
+    qwen.random_weights(model, seed, torch.float32)
     generator = torch.Generator().manual_seed(seed + 2)
     for name, weight in model.named_parameters():
         if "experts" in name:  # three dimensions: the scale that fits a matrix would be far too small

@@ -1,10 +1,10 @@
-"""Prompts for the Qwen-VL families: they share placeholders, markers and the way to call a processor."""
+"""What the Qwen-VL families share: placeholders, markers, the way to call a processor, random weights."""
 
 from __future__ import annotations
 
 import torch
 import transformers
-from zoo.common import V5, Image, tokenizer, words
+from zoo.common import V5, Image, scale_weights, tokenizer, words
 
 PAD, EOS = "<|endoftext|>", "<|im_end|>"
 START, END = "<|vision_start|>", "<|vision_end|>"
@@ -54,8 +54,12 @@ def text_of(row, seed: int) -> str:
     return " ".join(pieces)
 
 
-def inputs_of(processor, rows, *, side, dtype, seeds) -> dict:
-    """Run the processor: inputs for `model(**inputs)` and `model.generate(**inputs)`."""
+def inputs_of(processor, rows, *, side, dtype, seeds, **settings) -> dict:
+    """Run the processor: inputs for `model(**inputs)` and `model.generate(**inputs)`.
+
+    Args:
+        settings: more for the processor, given only with videos.
+    """
     seeds = range(len(rows)) if seeds is None else seeds
     pictures = [part for row in rows for part in row if not isinstance(part, int)]
     images = [part.pil() for part in pictures if isinstance(part, Image)]
@@ -64,6 +68,7 @@ def inputs_of(processor, rows, *, side, dtype, seeds) -> dict:
     if images:
         more["images"] = images
     if videos:
+        more |= settings
         more["videos"] = [video.array() for video in videos]
         more["video_metadata"] = [
             {"total_num_frames": video.frames, "fps": 1.0, "duration": float(video.frames)}
@@ -74,3 +79,22 @@ def inputs_of(processor, rows, *, side, dtype, seeds) -> dict:
         padding=True, padding_side=side, return_tensors="pt", **more,
     )  # fmt: skip
     return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+
+
+def random_weights(model, seed: int, dtype):
+    """Seeded random weights everywhere, also in norms, and embeddings large enough to tell outputs apart."""
+    scale_weights(model, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for name, weight in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            # These two alone say how sharp Qwen3's attention is.
+            weight.data = 1.2 + 0.6 * torch.rand(weight.shape, generator=generator)
+        elif weight.ndim == 1 and name.endswith("weight"):  # every other norm
+            weight.data = 1 + 0.2 * torch.randn(weight.shape, generator=generator)
+        elif "embed_tokens" in name or "pos_embed" in name:
+            weight.data = 0.5 * torch.randn(weight.shape, generator=generator)
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)  # not `model.to`: rotary frequencies stay in full precision
+    model.generation_config.pad_token_id = model.config.get_text_config().pad_token_id
+    model.generation_config.eos_token_id = None  # a random model should not stop early
+    return model.eval()
