@@ -89,6 +89,8 @@ def random_weights(model, seed: int, dtype):
         if name.endswith(("q_norm.weight", "k_norm.weight")):
             # These two alone say how sharp Qwen3's attention is.
             weight.data = 1.2 + 0.6 * torch.rand(weight.shape, generator=generator)
+        elif name.endswith(("q_proj.weight", "k_proj.weight")):
+            weight.data *= 0.7  # sharper attention than this lets rounding grow to 1e-5 in the logits
         elif weight.ndim == 1 and name.endswith("weight"):  # every other norm
             weight.data = 1 + 0.2 * torch.randn(weight.shape, generator=generator)
         elif "embed_tokens" in name or "pos_embed" in name:
