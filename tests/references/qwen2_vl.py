@@ -58,6 +58,62 @@ def forward(
     return Result(logits, merges + read_merges, alive, features)
 
 
+def forward_inputs(model, inputs, vit_removed, llm_removed, **options) -> Result:
+    """`forward` for one unpadded row of inputs as the processor gives it, with rules for what is removed.
+
+    Args:
+        vit_removed: units of a frame before any merge -> {encoder block: units to remove}.
+        llm_removed: visual tokens of a segment before any merge, and how many of them the encoder left alive
+            -> {decoder layer: tokens to remove}.
+    """
+    side = model.config.vision_config.spatial_merge_size
+    pictures, of_frames, counts = {}, {}, {}
+    for source, pixels, grids in (
+        ("image", "pixel_values", "image_grid_thw"),
+        ("video", "pixel_values_videos", "video_grid_thw"),
+    ):
+        sizes = [tuple(grid) for grid in inputs[grids].tolist()] if grids in inputs else []
+        rows = inputs[pixels].split([t * h * w for t, h, w in sizes]) if sizes else []
+        pictures[source] = list(zip(rows, sizes))
+        of_frames[source], counts[source] = [], []
+        for t, h, w in sizes:
+            units = h * w // side**2
+            plan = vit_removed(units)
+            of_frames[source] += [plan] * t
+            counts[source].append((t * units, t * (units - sum(plan.values()))))
+
+    # Segments in order of appearance: the run of placeholders after each start marker.
+    ids = inputs["input_ids"]
+    placeholder = {model.config.image_token_id: "image", model.config.video_token_id: "video"}
+    starts = [token == model.config.vision_start_token_id for token in ids[0].tolist()]
+    shown = [placeholder[following] for start, following in zip(starts, ids[0].tolist()[1:]) if start]
+    left = {source: iter(counts[source]) for source in counts}
+    segments = [llm_removed(*next(left[source])) for source in shown]
+
+    known = {
+        name: inputs.get(name)
+        for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
+        if name in inputs or name.endswith("grid_thw")  # the others exist in some versions and families only
+    }
+    position_ids, _ = model.model.get_rope_index(ids, attention_mask=inputs["attention_mask"], **known)
+    return forward(
+        model,
+        ids[0],
+        pictures["image"],
+        pictures["video"],
+        position_ids[:, 0],
+        by_layer(of_frames["image"]),
+        by_layer(of_frames["video"]),
+        by_layer(segments),
+        **options,
+    )
+
+
+def by_layer(plans):
+    """From a {layer: removed} for each segment to one {layer: [removed of each segment]}."""
+    return {layer: [plan.get(layer, 0) for plan in plans] for layer in sorted(set().union(*plans))}
+
+
 @torch.no_grad()
 def generate(
     model, input_ids, images, videos, position_ids, vit_removed_images, vit_removed_videos, llm_removed, *,
