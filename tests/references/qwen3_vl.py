@@ -245,6 +245,13 @@ def read(model, input_ids, pictures, removed, options):
                 )
             )
             features[[rows[n] for n in kept]] = merged
+            # What a token absorbs it absorbs whole: also the features that later layers will add.
+            numbers = torch.tensor([unit_of[held[n]] for n in rows])
+            for table in shown[segment].taps[layer + 1 :]:
+                _, _, blended = merge_segment(
+                    table[numbers], q[:, rows], k[:, rows], importance[rows], plan[layer], 1, options
+                )
+                table[numbers[kept]] = blended
             gone |= {rows[n] for n in range(len(rows)) if n not in kept}
         stay = [n for n in range(len(held)) if n not in gone]
         x, angles, held = features[stay], angles[stay], [held[n] for n in stay]
