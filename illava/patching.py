@@ -17,7 +17,7 @@ from torch import nn
 
 from illava import checks, families
 from illava.families.seams import Seams
-from illava.hooks import ATTENTION_NAME, ConfigView, Hooks, attention
+from illava.hooks import ATTENTION_NAME, ConfigView, EncoderHooks, LanguageHooks, State, attention
 from illava.plan import ModelPlan, Plan, resolve
 from illava.report import Report
 
@@ -95,7 +95,7 @@ class Handle:
     def __init__(self, plan: ModelPlan, seams: Seams, family: Any) -> None:
         self.plan = plan
         self._seams = seams
-        self._hooks = Hooks(plan, seams, family)
+        self._state = State(plan, seams, family)
         self._undo: list[Callable[[], None]] = []
         setattr(seams.model, HANDLE_ATTRIBUTE, self)
         try:
@@ -107,7 +107,7 @@ class Handle:
     @property
     def report(self) -> Report | None:
         """What the last call that brought pictures did; `None` before the first."""
-        return self._hooks.last
+        return self._state.last
 
     @property
     def active(self) -> bool:
@@ -140,47 +140,57 @@ class Handle:
         if self.plan.removes_nothing:
             return
         torch.compiler.reset()  # code compiled before the hooks were there would not call them
-        seams, hooks = self._seams, self._hooks
+        seams, encoder, language = self._seams, EncoderHooks(self._state), LanguageHooks(self._state)
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, torch.compiler.disable(attention))
-        self._before(seams.tower, hooks.enter_tower)
-        self._after(seams.tower, hooks.leave_tower, always=True)
+        self._before(seams.tower, encoder.enter_tower)
+        self._after(seams.tower, encoder.leave_tower, always=True)
         if self.plan.vit_layers:
             for seam in seams.projectors:
-                self._before(seam.module, partial(hooks.enter_projector, seam))
-                self._after(seam.module, lambda m, a, k, out, seam=seam: hooks.leave_projector(seam, out))
+                self._before(seam.module, partial(encoder.enter_projector, seam))
+                self._after(seam.module, lambda m, a, k, out, seam=seam: encoder.leave_projector(seam, out))
             for number in range(self.plan.vit_layers[0], len(seams.blocks)):
-                self._hook_block(number)
+                self._hook_block(number, encoder)
             if seams.regrid is not None:
-                self._before(seams.regrid.module, partial(hooks.enter_regrid, seams.regrid))
+                self._before(seams.regrid.module, partial(encoder.enter_regrid, seams.regrid))
         for name in seams.packing:
-            self._wrap_method(seams.model, name, hooks.pack)
-        self._before(seams.model, hooks.enter_model)
-        self._after(seams.model, hooks.leave_model, always=True)
-        self._before(seams.language_model, hooks.enter_language)
-        self._after(seams.language_model, hooks.leave_language, always=True)
+            self._wrap_method(seams.model, name, encoder.pack)
+        for module, name, wrapper in getattr(self._state.family, "joining_methods", lambda state: ())(
+            self._state
+        ):
+            self._wrap_method(module, name, wrapper)
+        self._before(seams.model, language.enter_model)
+        self._after(seams.model, language.leave_model, always=True)
+        self._before(seams.language_model, language.enter_language)
+        self._after(seams.language_model, language.leave_language, always=True)
         for number in range(len(seams.layers)):
-            self._hook_layer(number)
+            self._hook_layer(number, language)
 
-    def _hook_block(self, number: int) -> None:
-        seams, hooks, block = self._seams, self._hooks, self._seams.blocks[number]
-        self._before(block, lambda m, a, k: hooks.enter_block(number, a, k))
+    def _hook_block(self, number: int, hooks: EncoderHooks) -> None:
+        seams, block = self._seams, self._seams.blocks[number]
+        self._before(block, partial(hooks.enter_block, number))
         if number not in self.plan.vit_layers:
             return
         attends = getattr(block, seams.block_attention)
-        self._view_config(attends, lambda: hooks.block_attends(number))
+        if seams.block_observed is None:
+            self._view_config(attends, lambda: self._state.block_attends(number))
+        else:
+            for name in seams.block_observed.modules:
+                if hasattr(attends, name):
+                    observe = partial(hooks.observe, name)
+                    self._after(getattr(attends, name), lambda m, a, k, out, observe=observe: observe(out))
         self._before(attends, lambda m, a, k: hooks.enter_block_attention(number, a, k))
-        self._after(attends, lambda m, a, k, out: hooks.leave_block_attention())
+        self._after(attends, lambda m, a, k, out: hooks.leave_block_attention(m))
         self._before(getattr(block, seams.block_norm), lambda m, a, k: hooks.merge_block(number, a, k))
         self._after(getattr(block, seams.block_ffn), lambda m, a, k, out: hooks.leave_ffn(number, out))
         self._after(block, lambda m, a, k, out: hooks.leave_block(number, out))
 
-    def _hook_layer(self, number: int) -> None:
-        hooks, layer = self._hooks, self._seams.layers[number]
-        added = self._seams.additions.layers if self._seams.additions is not None else 0
+    def _hook_layer(self, number: int, hooks: LanguageHooks) -> None:
+        seams, layer = self._seams, self._seams.layers[number]
+        added = seams.additions.layers if seams.additions is not None else 0
         self._before(layer, lambda m, a, k: hooks.enter_layer(number, a, k))
         if number in self.plan.scored_at.values():
-            attends = getattr(layer, self._seams.layer_attention)
-            self._view_config(attends, lambda: hooks.layer_attends(number))
+            attends = getattr(layer, seams.layer_attention)
+            self._view_config(attends, lambda: self._state.layer_attends(number))
         if number in self.plan.llm_layers or number < added:
             self._after(layer, lambda m, a, k, out: hooks.leave_layer(number, out))
 
@@ -204,7 +214,7 @@ class Handle:
 
     def _view_config(self, module: nn.Module, merging: Callable[[], bool]) -> None:
         config: Any = module.config
-        module.config = ConfigView(config, torch.compiler.disable(merging), self._hooks)  # type: ignore[assignment]
+        module.config = ConfigView(config, torch.compiler.disable(merging), self._state)  # type: ignore[assignment]
 
         def restore() -> None:
             module.config = config

@@ -75,6 +75,17 @@ class Stage:
         table = x.new_zeros((rows * self.width, *x.shape[1:]))
         return table.index_copy(0, self._places.to(x.device), x).unflatten(0, (rows, self.width))
 
+    def padding_mask(self, mask: Tensor | None) -> Tensor | None:
+        """A mask of this stage's widths, in the form of the caller's: `[B, 1, n, n]` added, `[B, n]` bool."""
+        if mask is None or self._full:
+            return None
+        real = torch.arange(self.width) < torch.tensor(self.frame_tokens)[:, None]
+        real = real.to(mask.device)  # [B, n]
+        if mask.ndim == 2:
+            return real
+        added = mask.new_zeros(real.shape).masked_fill(~real, torch.finfo(mask.dtype).min)
+        return added[:, None, None].expand(-1, 1, self.width, -1)
+
     @property
     def _full(self) -> bool:
         return self.layout.row_tokens is None or min(self.frame_tokens) == self.width
@@ -110,7 +121,7 @@ class Stage:
         self._memo.clear()
 
     def survivors(self) -> Survivors:
-        return Survivors(self.layout, self.units, self.tokens, self.members)
+        return Survivors(self.layout, self.units, self.tokens, self.members, self.frame_counts)
 
 
 @dataclass(frozen=True)
@@ -171,6 +182,7 @@ class VisionCall:
         self.stages = [Stage(0, layout, units, tokens, members, layout.frame_units)]
         self.attending: int | None = None
         self.merged: dict[int, Tensor] = {}
+        self.observed: dict[str, Tensor] = {}
         self.outputs: dict[int, Tensor] | None = {} if records else None
         self._spans: Spans | None = None
         self._decisions: dict[int, merge.Merge] = {}
@@ -212,6 +224,17 @@ class VisionCall:
         with torch.no_grad():
             self._decisions[block] = self._decide(block, q.detach(), k.detach(), lse.detach(), spans, scale)
         return stage.unpack(out)
+
+    def decide_observed(self, q: Tensor, k: Tensor, scale: float) -> None:
+        """Decide the attending block's merge from `[rows, width, H, D]`, its attention done elsewhere."""
+        block, spans = self.attending, self._spans
+        if block is None or spans is None:
+            raise RuntimeError("decide_observed() without begin_attention()")
+        stage = self.stage(block)
+        q, k = stage.pack(q), stage.pack(k)  # [N, H, D]
+        self.backend = "blocks"
+        lse = varlen_log_sum_exp(q, k, spans, scale=scale)
+        self._decisions[block] = self._decide(block, q, k, lse, spans, scale)
 
     def _decide(
         self, block: int, q: Tensor, k: Tensor, lse: Tensor, spans: Spans, scale: float

@@ -9,8 +9,10 @@ from illava.errors import UnsupportedModelError
 
 _FILES = {
     "internvl": "illava.families.internvl",
+    "internvl_chat": "illava.families.internvl_chat",
     "llava_next": "illava.families.llava",
     "llava_onevision": "illava.families.llava",
+    "minicpmv": "illava.families.minicpmv2_6",
     "minicpmv4_6": "illava.families.minicpmv",
     "minicpmv4_7": "illava.families.minicpmv",
     "qwen2_vl": "illava.families.qwen2_vl",

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from illava.families import seams as common
 from illava.families.layout import Layout
@@ -48,7 +48,7 @@ def find_seams(model: nn.Module) -> Seams:
         block_ffn="mlp",
         ffn_tail=("dropout", "lambda_2"),
         unread_blocks=len(every) - len(blocks),
-        projectors=(Projector(projector, len(blocks) - 1, squeeze=_squeeze, spread=_spread),),
+        projectors=(Projector(projector, len(blocks) - 1, squeeze=_squeeze, spread=common.spread_tiles),),
         language_model=part(core, "language_model", "as the decoder"),
         layers=layers,
         layer_attention="self_attn",
@@ -86,8 +86,3 @@ def visual_input(seams: Seams, call: Mapping[str, Any]) -> VisualInput | None:
 
 def _squeeze(call: dict[str, Any], alive: Survivors) -> dict[str, Any]:
     return call | {"image_features": alive.squeeze(call["image_features"])}
-
-
-def _spread(output: Tensor, alive: Survivors) -> Tensor:
-    """`[1, U, d]` of survivors to `[tiles, units, d]`."""
-    return alive.spread(output[0]).unflatten(0, (len(alive.layout.frames), -1))

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from illava.families import seams as common
 from illava.families.layout import Layout
@@ -53,7 +53,7 @@ def find_seams(model: nn.Module) -> Seams:
         block_norm="layer_norm2",
         block_ffn="mlp",
         unread_blocks=len(every) - len(blocks),
-        projectors=(Projector(projector, len(blocks) - 1, squeeze=_squeeze, spread=_spread),),
+        projectors=(Projector(projector, len(blocks) - 1, squeeze=_squeeze, spread=common.spread_tiles),),
         language_model=part(core, "language_model", "as the decoder"),
         layers=layers,
         layer_attention="self_attn",
@@ -126,8 +126,3 @@ def _packed_lengths(core: Any, call: Mapping[str, Any]) -> list[int]:
 
 def _squeeze(call: dict[str, Any], alive: Survivors) -> dict[str, Any]:
     return call | {"image_features": alive.squeeze(call["image_features"])}
-
-
-def _spread(output: Tensor, alive: Survivors) -> Tensor:
-    """`[1, U, d]` of survivors to `[tiles, units, d]`."""
-    return alive.spread(output[0]).unflatten(0, (len(alive.layout.frames), -1))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from illava.errors import SeamError
+from illava.errors import SeamError, UnsupportedInputError
 from illava.families.layout import Layout
 
 
@@ -24,12 +25,28 @@ class Survivors:
         units: `[U]` surviving units, numbered over the whole call.
         tokens: `[N]` surviving tokens, likewise.
         members: `[U, g]` where each unit's tokens stand among the survivors.
+        frame_counts: units of each frame, known on the host.
     """
 
     layout: Layout
     units: Tensor
     tokens: Tensor
     members: Tensor
+    frame_counts: tuple[int, ...]
+
+    def followed_by(self, others: Sequence[Survivors]) -> Survivors:
+        """These and those of further encoder calls, as if all had been one."""
+        every = [self, *others]
+        if not others:
+            return self
+        grids = tuple(g for alive in every for g in alive.layout.grids)
+        return Survivors(
+            replace(self.layout, grids=grids),
+            _shifted([a.units for a in every], [a.layout.total_units for a in every]),
+            _shifted([a.tokens for a in every], [a.layout.total_tokens for a in every]),
+            _shifted([a.members for a in every], [len(a.tokens) for a in every]),
+            tuple(n for alive in every for n in alive.frame_counts),
+        )
 
     def squeeze(self, x: Tensor) -> Tensor:
         """Survivors' rows of something with a row per unit or per token: `[..., d]` to `[1, n, d]`."""
@@ -41,6 +58,11 @@ class Survivors:
         """`[U, d]` rows of surviving units to all of them; those merged away are -inf."""
         full = rows.new_full((self.layout.total_units, rows.shape[-1]), float("-inf"))
         return full.index_copy(0, self.units.to(rows.device), rows)
+
+
+def _shifted(numbers: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    starts = accumulate(sizes, initial=0)
+    return torch.cat([x + start for x, start in zip(numbers, starts, strict=False)])
 
 
 @dataclass(frozen=True)
@@ -74,6 +96,20 @@ class Regrid:
     module: nn.Module
     block: int
     squeeze: Callable[[dict[str, Any], Tensor], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """How to read queries and keys off an attention that does not use transformers' interface.
+
+    Attributes:
+        modules: names of modules inside the attention whose outputs hold them.
+        queries_keys: from the attention and those outputs by name, queries and keys
+            `[rows, width, H, D]` as they meet, and the factor on their products.
+    """
+
+    modules: tuple[str, ...]
+    queries_keys: Callable[[Any, Mapping[str, Tensor]], tuple[Tensor, Tensor, float]]
 
 
 @dataclass(frozen=True)
@@ -112,6 +148,7 @@ class Seams:
         regrid: a module inside the encoder that joins patches.
         packing: names of the model's methods that crop, interpolate or pool features.
         newline: a feature the model inserts between rows of features; no picture is behind it.
+        block_observed: how to read the blocks' queries and keys, where their attention is their own.
         additions: visual features the model adds to the outputs of its first decoder layers.
     """
 
@@ -136,6 +173,7 @@ class Seams:
     regrid: Regrid | None = None
     packing: tuple[str, ...] = ()
     newline: Tensor | None = None
+    block_observed: Observed | None = None
     additions: Additions | None = None
 
     def finish_ffn(self, block: nn.Module, output: Tensor) -> Tensor:
@@ -164,29 +202,71 @@ class VisualInput:
     tokens: tuple[int, ...]
     encoded_units: tuple[tuple[int, ...] | None, ...]
 
+    def expanded(self, rows: int, length: int) -> VisualInput:
+        """The same for a batch whose rows were repeated one by one, as for beams.
+
+        Raises:
+            UnsupportedInputError: of another length, or rows that are no multiple.
+        """
+        own = len(self.segment)
+        if self.segment.shape[1] != length or rows % own:
+            raise UnsupportedInputError(
+                f"the language model is called with {rows} x {length} tokens where its pictures are known "
+                f"for {own} x {self.segment.shape[1]}; pass the prompt in one call (no prefill_chunk_size)"
+            )
+        repeats = rows // own
+        if repeats == 1:
+            return self
+        order: list[int] = []
+        lines: list[Tensor] = []
+        for row in self.segment:
+            numbers = sorted(set(row[row >= 0].tolist()))
+            for _ in range(repeats):
+                table = torch.full((len(self.kinds) + 1,), -1)  # the last for text, which is -1
+                table[numbers] = torch.arange(len(order), len(order) + len(numbers))
+                lines.append(table[row])
+                order += numbers
+        return VisualInput(
+            torch.stack(lines),
+            tuple(self.kinds[i] for i in order),
+            tuple(self.tokens[i] for i in order),
+            tuple(self.encoded_units[i] for i in order),
+        )
+
+
+# Of each picture its visual tokens, and the merge units of each grid it is encoded as, if known.
+Pictures = Sequence[tuple[int, tuple[int, ...] | None]]
+
 
 def visual_input(
-    model: nn.Module,
-    call: Mapping[str, Any],
-    pictures: Mapping[str, Sequence[tuple[int, tuple[int, ...] | None]]],
+    model: nn.Module, call: Mapping[str, Any], pictures: Mapping[str, Pictures]
 ) -> VisualInput | None:
-    """Find the tokens of pictures in a call; `None` if it brings no picture.
+    """Find the tokens of pictures in a call by its placeholders; `None` if it brings no picture.
+
+    Args:
+        model: the model called, for its placeholder tokens.
+        call: its arguments by name.
+        pictures: for `"image"` and `"video"`, those the call brings.
+    """
+    return visual_tokens({kind: placeholders(model, call, kind) for kind in pictures}, pictures)
+
+
+def visual_tokens(places: Mapping[str, Tensor], pictures: Mapping[str, Pictures]) -> VisualInput | None:
+    """Which tokens belong to which picture; `None` if there is no picture.
 
     Placeholders and features correspond in reading order, so the sizes of the features say where one
     picture ends and the next begins.
 
     Args:
-        model: the model called, for its placeholder tokens.
-        call: its arguments by name.
-        pictures: for `"image"` and `"video"`, of each picture its visual tokens and the merge units
-            of each grid it is encoded as, if known.
+        places: for `"image"` and `"video"`, where its tokens stand, `[B, L]` bool on the CPU.
+        pictures: likewise, those the call brings.
     """
     segment: Tensor | None = None
     kinds: list[str] = []
     tokens: list[int] = []
     units: list[tuple[int, ...] | None] = []
     for kind, found in pictures.items():
-        place = placeholders(model, call, kind)
+        place = places[kind]
         if segment is None:
             segment = torch.full(place.shape, -1, dtype=torch.long)
         counts = torch.tensor([count for count, _ in found], dtype=torch.long)
@@ -230,6 +310,11 @@ def used_blocks(depth: int, feature_layer: int | Sequence[int]) -> int:
     """
     indices = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
     return max(index % (depth + 1) for index in indices)
+
+
+def spread_tiles(output: Tensor, alive: Survivors) -> Tensor:
+    """A projector's `[1, U, d]` of survivors to `[tiles, units, d]`."""
+    return alive.spread(output[0]).unflatten(0, (len(alive.layout.frames), -1))
 
 
 def feature_lengths(features: Any) -> list[int]:

@@ -1,0 +1,155 @@
+"""Hooks of the vision encoder, its projector and its packing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from illava.families.packing import pack_over_dead
+from illava.families.seams import Projector, Regrid, Survivors, arguments
+from illava.hooks.state import State, checkpoints
+from illava.language import refuse_unserved
+from illava.vision import VisionCall
+
+
+class EncoderHooks:
+    """Hooks take and return what torch's do."""
+
+    def __init__(self, state: State) -> None:
+        self.state, self.seams = state, state.seams
+
+    def enter_tower(self, module: Any, args: Any, kwargs: Any) -> None:
+        call_args = arguments(module, args, kwargs)
+        pixels = next(iter(call_args.values()))
+        call = VisionCall(
+            self.state.plan,
+            self.seams,
+            self.state.family.layout(self.seams, call_args),
+            pixels.device,
+            module.config._attn_implementation,
+            records=call_args.get("output_hidden_states") not in (None, False),
+        )
+        if call.removes and checkpoints(self.seams.tower):
+            refuse_unserved(None, None, True, 0)
+        self.state.vision.set(call)
+
+    def enter_block(self, number: int, module: Any, args: Any, kwargs: Any) -> Any:
+        call = self.state.vision.get()
+        if call is None or (stage := call.stage(number)).first_block == 0:
+            return None
+        if stage.layout.padded:
+            named = arguments(module, args, kwargs)
+            args, kwargs = args[:1], {k: v for k, v in named.items() if v is not args[0]}
+            kwargs["attention_mask"] = stage.padding_mask(kwargs["attention_mask"])
+        if kwargs.get("position_embeddings") is not None:
+            cos, sin = kwargs["position_embeddings"]
+            kwargs["position_embeddings"] = (stage.select(cos), stage.select(sin))
+        if kwargs.get("cu_seqlens") is not None:
+            kwargs["cu_seqlens"] = stage.recount(kwargs["cu_seqlens"])
+        return args, kwargs
+
+    def enter_block_attention(self, number: int, args: Any, kwargs: Any) -> Any:
+        call = self.state.vision.get()
+        if call is None or not call.merges_at(number):
+            return None
+        spans = kwargs.get("cu_seqlens")
+        call.begin_attention(number, spans)
+        if spans is not None:
+            # One span over everything: the module hands all tokens to illava's attention function,
+            # which attends within the real spans together.
+            kwargs["cu_seqlens"] = spans.new_tensor([0, len(call.stage(number).tokens)])
+        return args, kwargs
+
+    def observe(self, name: str, output: Tensor) -> None:
+        """Keep what a module inside a merging block's attention puts out."""
+        call = self.state.vision.get()
+        if call is not None and call.attending is not None:
+            call.observed[name] = output.detach()
+
+    def leave_block_attention(self, module: Any) -> None:
+        call = self.state.vision.get()
+        if call is None or call.attending is None:
+            return
+        if self.seams.block_observed is not None:
+            call.decide_observed(*self.seams.block_observed.queries_keys(module, call.observed))
+            call.observed.clear()
+        call.attending = None
+
+    def merge_block(self, number: int, args: Any, kwargs: Any) -> Any:
+        call = self.state.vision.get()
+        if call is None or not call.merges_at(number):
+            return None
+        return (call.merge(number, args[0]), *args[1:]), kwargs
+
+    def leave_ffn(self, number: int, output: torch.Tensor) -> Any:
+        call = self.state.vision.get()
+        if call is None or not call.merges_at(number):
+            return None
+        call.merged[number] = call.merged[number] + self.seams.finish_ffn(self.seams.blocks[number], output)
+        return output.new_zeros(())  # the block adds this to its unmerged input, then drops the sum
+
+    def leave_block(self, number: int, output: Any) -> Any:
+        call = self.state.vision.get()
+        if call is None or not call.merges_at(number):
+            return None
+        merged = call.merged.pop(number)
+        if call.outputs is not None:
+            call.outputs[number] = merged
+        return (merged, *output[1:]) if isinstance(output, tuple) else merged
+
+    def enter_regrid(self, regrid: Regrid, module: Any, args: Any, kwargs: Any) -> Any:
+        call = self.state.vision.get()
+        if call is None or not call.removes:
+            return None
+        return (), regrid.squeeze(arguments(module, args, kwargs), call.enter_regrid(regrid.block))
+
+    def enter_projector(self, seam: Projector, module: Any, args: Any, kwargs: Any) -> Any:
+        alive = self._survivors(seam)
+        if alive is None or seam.squeeze is None:
+            return None
+        return (), seam.squeeze(arguments(module, args, kwargs), alive)
+
+    def leave_projector(self, seam: Projector, output: Any) -> Any:
+        alive = self._survivors(seam)
+        return None if alive is None else seam.spread(output, alive)
+
+    def _survivors(self, seam: Projector) -> Survivors | None:
+        """What is alive where a projector reads: in the encoder call under way, or those just left."""
+        call = self.state.vision.get()
+        calls = self.state.left.get() if call is None else (call,)
+        if not any(c.removes for c in calls):
+            return None
+        first, *others = (c.stage(seam.block + 1).survivors() for c in calls)
+        return first.followed_by(others)
+
+    def leave_tower(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        call = self.state.vision.get()
+        self.state.vision.set(None)
+        if call is None or output is None:
+            return output
+        self.state.remember(call.record)
+        before = self.state.left.get() if self.state.joining.get() else ()
+        self.state.left.set((*before, call))
+        if not call.removes:
+            return output
+        call.forget()
+        if getattr(output, "last_hidden_state", None) is None:
+            return output  # 4.57 returns a projector's output alone, which is full already
+        output.last_hidden_state = call.full_grid(output.last_hidden_state, call.stages[-1])
+        if getattr(output, "hidden_states", None) is not None:
+            output.hidden_states = call.full_hidden_states(output.hidden_states)
+        return output
+
+    def pack(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A method of the model that crops, interpolates or pools features, run over dead rows."""
+        if not (calls := self.state.left.get()):
+            return original(*args, **kwargs)
+        call = calls[-1]
+        packed = pack_over_dead(original, args, kwargs) if call.removes else original(*args, **kwargs)
+        if isinstance(packed, tuple):
+            tiles = [len(features) for features in next(iter([*args, *kwargs.values()]))]
+            call.record.packed.extend(zip(tiles, map(len, packed[0]), strict=True))
+        return packed

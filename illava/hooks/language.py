@@ -1,0 +1,146 @@
+"""Hooks of the module that joins pictures and text, and of the language model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from illava import sequence
+from illava.errors import UnsupportedInputError
+from illava.families.seams import arguments
+from illava.hooks.state import State, checkpoints
+from illava.language import LanguageCall, refuse_unserved
+from illava.report import build_report
+from illava.vision import is_dead
+
+
+class LanguageHooks:
+    """Hooks take and return what torch's do."""
+
+    def __init__(self, state: State) -> None:
+        self.state, self.seams = state, state.seams
+
+    def enter_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        call_args = arguments(module, args, kwargs)
+        self.state.left.set(())
+        visual = self.state.family.visual_input(self.seams, call_args)
+        embeds = call_args.get("inputs_embeds")
+        if (
+            visual is None
+            and embeds is not None
+            and embeds.is_floating_point()
+            and bool(is_dead(embeds).any())
+        ):
+            raise UnsupportedInputError(
+                "inputs_embeds holds features the patched encoder marked as merged away, but nothing says "
+                "which of its rows are pictures; pass the features as mm_encoder_outputs (or the pixels) "
+                "with input_ids, or patch with vit_layers=()"
+            )
+        self.state.visual.set(visual)
+
+    def leave_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        self.state.visual.set(None)
+        self.state.left.set(())
+        return output
+
+    def enter_language(self, module: Any, args: Any, kwargs: Any) -> Any:
+        self.state.language.set(None)
+        call_args = arguments(module, args, kwargs)
+        visual = self.state.visual.get() or self.state.take_mark(call_args.get("inputs_embeds"))
+        self.state.visual.set(None)  # a prompt is read once; what a method announced is read by now
+        cache = call_args.get("past_key_values")
+        merged = sequence.is_merged(cache)
+        if visual is None and not merged:
+            return None
+        embeds = call_args.get("inputs_embeds")
+        if embeds is None:
+            embeds = module.get_input_embeddings()(call_args.pop("input_ids"))
+        if visual is not None:
+            visual = visual.expanded(*embeds.shape[:2])
+        past = cache.get_seq_length() if cache is not None else 0
+        mask = call_args.get("attention_mask")
+        call = LanguageCall(
+            self.state.plan, self.seams, embeds, visual,
+            mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None,
+            past, module.config._attn_implementation, self.state.number,
+            records=call_args.get("output_hidden_states") not in (None, False),
+        )  # fmt: skip
+        if visual is not None:
+            self.state.last = build_report(
+                self.state.plan, self.state.shape, call, self.state.encoded.get(), embeds.shape[0]
+            )
+            self.state.encoded.set(None)
+        if not merged and not call.changes_length:
+            return None
+        sequence.check_cache(cache)
+        positions = call_args.get("position_ids")
+        refuse_unserved(mask, positions if visual is not None else None, checkpoints(module), embeds.shape[0])
+        if positions is None:
+            positions = torch.arange(past, past + call.length, device=embeds.device).expand(
+                embeds.shape[0], -1
+            )
+        call_args["input_ids"] = None
+        call_args["inputs_embeds"] = call.enter_features(embeds)
+        call_args["position_ids"] = call.enter(positions[..., None])[..., 0]
+        call_args["attention_mask"] = self._no_mask(embeds)
+        if self.seams.additions is not None:
+            call_args = call.take_additions(self.seams.additions, call_args)
+        self.state.language.set(call)
+        return (), call_args
+
+    def _no_mask(self, embeds: torch.Tensor) -> Any:
+        """Keeps Hugging Face from making a mask of the caller's length: a mask it takes for ready."""
+        if len(self.seams.scoring_layers) < len(self.seams.layers):
+            return {"full_attention": None, "linear_attention": None}
+        return embeds.new_zeros((1, 1, 1, 1))
+
+    def enter_layer(self, number: int, args: Any, kwargs: Any) -> Any:
+        call = self.state.language.get()
+        if call is None:
+            return None
+        stage = call.stage(number)
+        scores = number in self.seams.scoring_layers
+        cache, cached = kwargs.get("past_key_values"), None
+        if cache is not None:
+            if number == 0:
+                sequence.check_cache(cache)  # it may have been made since the call began
+            if scores:
+                cached = sequence.cache_layer(cache, number, stage.positions.shape[0], stage.positions.device)
+        if stage.first_layer > 0:
+            cos, sin = kwargs["position_embeddings"]
+            kwargs["position_embeddings"] = (
+                sequence.take_rows(cos, stage.entry),
+                sequence.take_rows(sin, stage.entry),
+            )
+        kwargs["position_ids"] = None  # gaps in them would be taken for packed sequences
+        kwargs["attention_mask"] = call.mask(number, cached) if scores else call.padding(number)
+        if call.scores_at(number):
+            call.begin_attention(number, cached)
+        if cached is not None:
+            call.announce(number, cached)
+        return args, kwargs
+
+    def leave_layer(self, number: int, output: Any) -> Any:
+        call = self.state.language.get()
+        if call is None or not (call.merges_at(number) or number in call.additions):
+            return None
+        if isinstance(output, tuple):
+            return (call.leave_layer(number, output[0]), *output[1:])
+        return call.leave_layer(number, output)
+
+    def leave_language(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        call = self.state.language.get()
+        self.state.language.set(None)
+        if call is None or output is None:
+            return output
+        depth = len(self.seams.layers)
+        if isinstance(output, tuple):
+            return (call.leave(output[0], depth), *output[1:])
+        output.last_hidden_state = call.leave(output.last_hidden_state, depth)
+        if output.hidden_states is not None:
+            seen = [call.outputs.get(i - 1, x) for i, x in enumerate(output.hidden_states[:-1])]
+            inner = [None if x is None else call.leave(x, i) for i, x in enumerate(seen)]
+            output.hidden_states = (*inner, output.last_hidden_state)
+        return output
