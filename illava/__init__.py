@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     )
     from illava.families import supported_models
     from illava.patching import Handle, patch, unpatch
-    from illava.plan import ModelPlan, Plan
+    from illava.plan import Plan
     from illava.report import Report
+    from illava.schedule import ModelPlan
 
 __version__ = "0.1.0"
 
@@ -38,7 +39,7 @@ _HOME = {
     "Handle": "illava.patching",
     "supported_models": "illava.families",
     "Plan": "illava.plan",
-    "ModelPlan": "illava.plan",
+    "ModelPlan": "illava.schedule",
     "Report": "illava.report",
     "IllavaError": "illava.errors",
     "PlanError": "illava.errors",

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from illava.families.seams import Seams
-from illava.plan import ModelPlan, SegmentSchedule
+from illava.schedule import ModelPlan, SegmentSchedule
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ D head size, d hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor
 
 from illava import merge, sequence
-from illava.attention import streaming
-from illava.errors import UnsupportedInputError
-from illava.families.seams import Additions, Seams, VisualInput
-from illava.plan import ModelPlan
+from illava.families.seams import Additions, Seams
+from illava.families.visual import VisualInput
+from illava.schedule import ModelPlan
+from illava.scores import Scores, attention_importance
 from illava.vision import is_dead
 
 
@@ -40,29 +41,6 @@ class Stage:
     @property
     def ragged(self) -> bool:
         return min(self.row_lengths) < self.positions.shape[1]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What merges read of a layer's attention.
-
-    Attributes:
-        importance: `[B, n]` attention each slot receives.
-        queries, keys: `[B, n, H, D]`, rotated; of the slots alone, not of a cache.
-        scale: factor on their products.
-    """
-
-    importance: Tensor
-    queries: Tensor
-    keys: Tensor
-    scale: float
-
-    def take(self, index: Tensor) -> Scores:
-        """Those of the slots `index` `[B, n']`."""
-        rows = torch.arange(len(index), device=index.device)[:, None]
-        return Scores(
-            self.importance.gather(1, index), self.queries[rows, index], self.keys[rows, index], self.scale
-        )
 
 
 class LanguageCall:
@@ -231,7 +209,17 @@ class LanguageCall:
         stage = self.stage(layer)
         slots = stage.positions.shape[1]
         self.table = self.table.to(q.device)
-        importance = self._importance(q, k, self._keys.to(q.device), stage, scale)  # [B, n]
+        lone = [s for s, later in enumerate(self.has_later_text) if not later]
+        importance = attention_importance(  # [B, n]
+            q, k, scale,
+            k_positions=self._keys.to(q.device),
+            score=self.settings.score,
+            queries=self.settings.queries,
+            text=self._text.to(q.device),
+            text_width=self._text_width,
+            visual=self._slots_of(range(len(self.counts[-1]))) if self.settings.queries == "visual" else None,
+            lone=self._slots_of(lone) if lone and self.settings.queries == "text" else None,
+        )  # fmt: skip
         queries, keys = q.transpose(1, 2), k[:, :, -slots:].transpose(1, 2)  # [B, n, H, D]
         self._scores[layer] = Scores(importance, queries, keys, scale)
 
@@ -251,45 +239,11 @@ class LanguageCall:
             scale=scores.scale,
         )
 
-    def _importance(self, q: Tensor, k: Tensor, keys: Tensor, stage: Stage, scale: float) -> Tensor:
-        slots = stage.positions.shape[1]
-        own = keys[:, -slots:]  # the queries' positions, padding of both kinds marked -1
-        if self.settings.score == "lse":
-            level = streaming.log_sum_exp(q, k, scale=scale, q_positions=own, k_positions=keys)
-            return level.mean(dim=1)
-
-        def received(columns: Tensor, positions: Tensor) -> Tensor:
-            chosen = sequence.take_rows(q, columns[:, None].expand(-1, q.shape[1], -1))
-            table = streaming.attention_received(
-                chosen, k, scale=scale, q_positions=positions, k_positions=keys
-            )
-            return table[:, -slots:]
-
-        everyone = torch.arange(slots, device=q.device).expand(q.shape[0], -1)
-        if self.settings.queries == "all":
-            return received(everyone, own)
-        if self.settings.queries == "visual":
-            visual = torch.zeros(own.numel(), dtype=torch.bool, device=q.device)
-            visual[self._real_slots()] = True
-            return received(everyone, own.masked_fill(~visual.view(own.shape), -1))
-        if self.settings.queries == "last":
-            last = own.argmax(dim=1, keepdim=True)  # [B, 1]
-            return received(last, own.gather(1, last))
-        text = self._text.to(q.device)
-        columns = merge.compact(text, self._text_width)  # [B, T]
-        positions = own.masked_fill(~text, -1).gather(1, columns)
-        importance = received(columns, positions)
-        if all(self.has_later_text):
-            return importance
-        # Nothing after these pictures can ask for them: all their queries rank them instead.
-        lone = [s for s, later in enumerate(self.has_later_text) if not later]
-        mine = torch.zeros(own.numel(), dtype=torch.bool, device=q.device)
-        mine[self._real_slots(lone)] = True
-        return torch.where(mine.view(own.shape), received(everyone, own), importance)
-
-    def _real_slots(self, segments: list[int] | None = None) -> Tensor:
-        chosen = range(len(self.counts[-1])) if segments is None else segments
-        return torch.cat([self.table[s, : self.counts[-1][s]] for s in chosen])
+    def _slots_of(self, segments: Sequence[int]) -> Tensor:
+        """`[B, n]` bool: the slots of these segments."""
+        mask = torch.zeros_like(self.stages[-1].positions, dtype=torch.bool, device=self.table.device)
+        own = torch.cat([self.table[s, : self.counts[-1][s]] for s in segments])
+        return mask.view(-1).index_fill(0, own, True).view_as(mask)
 
     def take_additions(self, names: Additions, call: dict[str, Any]) -> dict[str, Any]:
         """Take over the features the model would add to the outputs of its first decoder layers.
@@ -359,35 +313,3 @@ class LanguageCall:
         if min(stage.row_lengths) == self.length:
             return x
         return sequence.expand_rows(x, stage.positions - self.past, self.length)
-
-
-def refuse_unserved(
-    attention_mask: Any, position_ids: Tensor | None, checkpointing: bool, batch: int
-) -> None:
-    """Say which arguments of a call merging cannot serve, before anything runs.
-
-    Raises:
-        UnsupportedInputError: a mask that is not 2-D, packed sequences, gradient checkpointing.
-    """
-    if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
-        shape = (
-            tuple(attention_mask.shape)
-            if isinstance(attention_mask, Tensor)
-            else type(attention_mask).__name__
-        )
-        raise UnsupportedInputError(
-            f"attention_mask of {shape}: a ready-made mask of the caller's length fits no layer after a "
-            "merge; pass the tokenizer's 2-D mask of 0 and 1, from which illava makes each layer's own"
-        )
-    if checkpointing:
-        raise UnsupportedInputError(
-            "gradient checkpointing recomputes layers after the call is over, when what was merged is "
-            "forgotten; call model.gradient_checkpointing_disable() while the model is patched"
-        )
-    if attention_mask is None and batch == 1 and position_ids is not None and position_ids.ndim == 3:
-        text = position_ids[0, 0]
-        if position_ids.shape[0] == 4 and text.numel() > 1 and not bool((text.diff() == 1).all()):
-            raise UnsupportedInputError(
-                f"position_ids restart {int((text.diff() != 1).sum())} times within one row: packed "
-                "sequences are not supported; pass one sequence per row with a 2-D attention mask"
-            )

@@ -18,8 +18,9 @@ from torch import nn
 from illava import checks, families
 from illava.families.seams import Seams
 from illava.hooks import ATTENTION_NAME, ConfigView, EncoderHooks, LanguageHooks, State, attention
-from illava.plan import ModelPlan, Plan, resolve
+from illava.plan import Plan
 from illava.report import Report
+from illava.schedule import ModelPlan, resolve
 
 # Where a patched model keeps its handle; gone again after removal.
 HANDLE_ATTRIBUTE = "_illava_handle"

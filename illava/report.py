@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from illava.flops import Flops, ModelShape, count_flops
-from illava.plan import ModelPlan, SegmentSchedule
+from illava.schedule import ModelPlan, SegmentSchedule
 
 if TYPE_CHECKING:
-    from illava.families.seams import VisualInput
+    from illava.families.visual import VisualInput
     from illava.language import LanguageCall
     from illava.vision import EncoderRecord
 

@@ -7,7 +7,8 @@ import random
 import pytest
 
 import illava
-from illava.plan import DEFAULT_REDUCTION, PLAN_FIELDS, Plan, resolve, scale_layers
+from illava.plan import DEFAULT_REDUCTION, PLAN_FIELDS, Plan
+from illava.schedule import resolve, scale_layers
 
 DEPTHS = dict(vit_depth=32, llm_depth=28)
 

@@ -18,10 +18,13 @@ from typing import Any
 
 from torch import nn
 
-from illava.families import seams as common
-from illava.families.layout import Layout
-from illava.families.seams import Projector, Seams, Survivors, VisualInput, core_of, part
-from illava.plan import LLM_PAPER, VIT_PAPER, scale_layers
+from illava.families import visual
+from illava.families.layout import Layout, Survivors, spread_tiles
+from illava.families.parts import core_of, part, used_blocks
+from illava.families.seams import Projector, Seams
+from illava.families.visual import VisualInput
+from illava.plan import LLM_PAPER, VIT_PAPER
+from illava.schedule import scale_layers
 
 
 def find_seams(model: nn.Module) -> Seams:
@@ -34,7 +37,7 @@ def find_seams(model: nn.Module) -> Seams:
     tower = part(core, "vision_tower", "as the vision encoder")
     config: Any = core.config
     every = part(tower, "encoder.layer", "to merge between attention and feed-forward network")
-    blocks = tuple(every[: common.used_blocks(len(every), config.vision_feature_layer)])
+    blocks = tuple(every[: used_blocks(len(every), config.vision_feature_layer)])
     for name in ("attention", "layernorm_after", "mlp", "lambda_2"):
         part(blocks[0], name, "to merge between attention and feed-forward network")
     layers = tuple(part(core, "language_model.layers", "to merge after decoder layers"))
@@ -48,7 +51,7 @@ def find_seams(model: nn.Module) -> Seams:
         block_ffn="mlp",
         ffn_tail=("dropout", "lambda_2"),
         unread_blocks=len(every) - len(blocks),
-        projectors=(Projector(projector, len(blocks) - 1, squeeze=_squeeze, spread=common.spread_tiles),),
+        projectors=(Projector(projector, len(blocks) - 1, squeeze=_squeeze, spread=spread_tiles),),
         language_model=part(core, "language_model", "as the decoder"),
         layers=layers,
         layer_attention="self_attn",
@@ -79,9 +82,9 @@ def visual_input(seams: Seams, call: Mapping[str, Any]) -> VisualInput | None:
         per_tile = layout(seams, call).frame_units[0]
     else:
         return None
-    runs = common.runs(common.placeholders(seams.model, call, "image"))
+    runs = visual.runs(visual.placeholders(seams.model, call, "image"))
     pictures = [(tokens, (per_tile,) * (tokens // per_tile)) for tokens in runs]
-    return common.visual_input(seams.model, call, {"image": pictures})
+    return visual.visual_input(seams.model, call, {"image": pictures})
 
 
 def _squeeze(call: dict[str, Any], alive: Survivors) -> dict[str, Any]:

@@ -19,10 +19,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from illava.errors import SeamError
-from illava.families import seams as common
-from illava.families.layout import Layout
-from illava.families.seams import Observed, Projector, Seams, Survivors, VisualInput, part
-from illava.plan import LLM_PAPER, VIT_PAPER, scale_layers
+from illava.families import visual
+from illava.families.layout import Layout, Survivors, spread_tiles
+from illava.families.parts import part, used_blocks
+from illava.families.seams import Observed, Projector, Seams
+from illava.families.visual import VisualInput
+from illava.plan import LLM_PAPER, VIT_PAPER
+from illava.schedule import scale_layers
 
 
 def find_seams(model: nn.Module) -> Seams:
@@ -36,7 +39,7 @@ def find_seams(model: nn.Module) -> Seams:
     tower = part(model, "vision_model", "as the vision encoder")
     why = "to merge between attention and feed-forward network"
     every = part(tower, "encoder.layers", why)
-    blocks = tuple(every[: common.used_blocks(len(every), config.select_layer)])
+    blocks = tuple(every[: used_blocks(len(every), config.select_layer)])
     for name in ("attn.qkv", "norm2", "mlp", "ls2"):
         part(blocks[0], name, why)
     language = part(model, "language_model.model", "as the decoder")
@@ -62,7 +65,7 @@ def find_seams(model: nn.Module) -> Seams:
                 part(model, "mlp1", "to put survivors back on the full grid"),
                 len(blocks) - 1,
                 squeeze=_squeeze,
-                spread=common.spread_tiles,
+                spread=spread_tiles,
             ),
         ),
         language_model=language,
@@ -93,8 +96,8 @@ def visual_input(seams: Seams, call: Mapping[str, Any]) -> VisualInput | None:
         return None
     place = call["input_ids"].cpu() == core.img_context_token_id
     per_tile = core.num_image_token
-    pictures = [(n, (per_tile,) * (n // per_tile)) for n in common.runs(place)]
-    return common.visual_tokens({"image": place}, {"image": pictures})
+    pictures = [(n, (per_tile,) * (n // per_tile)) for n in visual.runs(place)]
+    return visual.visual_tokens({"image": place}, {"image": pictures})
 
 
 def joining_methods(state: Any) -> tuple[tuple[nn.Module, str, Callable[..., Any]], ...]:

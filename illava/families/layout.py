@@ -1,10 +1,11 @@
-"""How a vision encoder lays out its tokens: where the members of each merge unit stand.
+"""How a vision encoder lays out its tokens: where the members of each merge unit stand, and what is left.
 
 Notation for tensor shapes: U units, g tokens per unit, N tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -97,3 +98,57 @@ def _unit_places(height: int, width: int, side: int) -> Tensor:
     grid = torch.arange(height * width)
     grid = grid.view(height // side, side, width // side, side)  # rows, slot rows, columns, slot columns
     return grid.transpose(1, 2).reshape(-1, side * side)
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """What is alive at one seam of the encoder.
+
+    Attributes:
+        layout: of the tokens at that place.
+        units: `[U]` surviving units, numbered over the whole call.
+        tokens: `[N]` surviving tokens, likewise.
+        members: `[U, g]` where each unit's tokens stand among the survivors.
+        frame_counts: units of each frame, known on the host.
+    """
+
+    layout: Layout
+    units: Tensor
+    tokens: Tensor
+    members: Tensor
+    frame_counts: tuple[int, ...]
+
+    def followed_by(self, others: Sequence[Survivors]) -> Survivors:
+        """These and those of further encoder calls, as if all had been one."""
+        every = [self, *others]
+        if not others:
+            return self
+        grids = tuple(g for alive in every for g in alive.layout.grids)
+        return Survivors(
+            replace(self.layout, grids=grids),
+            _shifted([a.units for a in every], [a.layout.total_units for a in every]),
+            _shifted([a.tokens for a in every], [a.layout.total_tokens for a in every]),
+            _shifted([a.members for a in every], [len(a.tokens) for a in every]),
+            tuple(n for alive in every for n in alive.frame_counts),
+        )
+
+    def squeeze(self, x: Tensor) -> Tensor:
+        """Survivors' rows of something with a row per unit or per token: `[..., d]` to `[1, n, d]`."""
+        flat = x.flatten(0, -2)  # [rows, d]
+        chosen = self.units if flat.shape[0] == self.layout.total_units else self.tokens
+        return flat[chosen.to(x.device)][None]
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """`[U, d]` rows of surviving units to all of them; those merged away are -inf."""
+        full = rows.new_full((self.layout.total_units, rows.shape[-1]), float("-inf"))
+        return full.index_copy(0, self.units.to(rows.device), rows)
+
+
+def spread_tiles(output: Tensor, alive: Survivors) -> Tensor:
+    """A projector's `[1, U, d]` of survivors to `[tiles, units, d]`."""
+    return alive.spread(output[0]).unflatten(0, (len(alive.layout.frames), -1))
+
+
+def _shifted(numbers: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    starts = accumulate(sizes, initial=0)
+    return torch.cat([x + start for x, start in zip(numbers, starts, strict=False)])

@@ -22,10 +22,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from illava.families import seams as common
-from illava.families.layout import Layout
-from illava.families.seams import Projector, Seams, Survivors, VisualInput, core_of, part
-from illava.plan import LLM_PAPER, VIT_PAPER, scale_layers
+from illava.families import visual
+from illava.families.layout import Layout, Survivors, spread_tiles
+from illava.families.parts import core_of, part, used_blocks
+from illava.families.seams import Projector, Seams
+from illava.families.visual import VisualInput
+from illava.plan import LLM_PAPER, VIT_PAPER
+from illava.schedule import scale_layers
 
 
 def find_seams(model: nn.Module) -> Seams:
@@ -39,7 +42,7 @@ def find_seams(model: nn.Module) -> Seams:
     tower = part(core, "vision_tower", "as the vision encoder")
     why = "to merge between attention and feed-forward network"
     every = part(tower, "encoder.layers", why, "vision_model.encoder.layers")
-    blocks = tuple(every[: common.used_blocks(len(every), config.vision_feature_layer)])
+    blocks = tuple(every[: used_blocks(len(every), config.vision_feature_layer)])
     for name in ("self_attn", "layer_norm2", "mlp"):
         part(blocks[0], name, why)
     layers = tuple(part(core, "language_model.layers", "to merge after decoder layers"))
@@ -53,7 +56,7 @@ def find_seams(model: nn.Module) -> Seams:
         block_norm="layer_norm2",
         block_ffn="mlp",
         unread_blocks=len(every) - len(blocks),
-        projectors=(Projector(projector, len(blocks) - 1, squeeze=_squeeze, spread=common.spread_tiles),),
+        projectors=(Projector(projector, len(blocks) - 1, squeeze=_squeeze, spread=spread_tiles),),
         language_model=part(core, "language_model", "as the decoder"),
         layers=layers,
         layer_attention="self_attn",
@@ -84,7 +87,7 @@ def visual_input(seams: Seams, call: Mapping[str, Any]) -> VisualInput | None:
     encoded = call.get("mm_encoder_outputs") or {}
     pictures: dict[str, list[tuple[int, tuple[int, ...] | None]]] = {}
     if encoded.get("image") is not None:
-        counts = common.feature_lengths(encoded["image"].pooler_output)
+        counts = visual.feature_lengths(encoded["image"].pooler_output)
         pictures["image"] = [(n, None) for n in counts]
     elif call.get("pixel_values") is not None and len(call["pixel_values"]):
         pictures["image"] = [(n, None) for n in _packed_lengths(seams.model, call)]
@@ -92,7 +95,7 @@ def visual_input(seams: Seams, call: Mapping[str, Any]) -> VisualInput | None:
     side = vision.image_size // vision.patch_size
     pooled = math.ceil(side / 2) ** 2
     if encoded.get("video") is not None:
-        counts = common.feature_lengths(encoded["video"].pooler_output)
+        counts = visual.feature_lengths(encoded["video"].pooler_output)
     elif call.get("pixel_values_videos") is not None:
         videos, frames = call["pixel_values_videos"].shape[:2]
         counts = [frames * pooled + 1] * videos
@@ -100,7 +103,7 @@ def visual_input(seams: Seams, call: Mapping[str, Any]) -> VisualInput | None:
         counts = []
     if counts:
         pictures["video"] = [(n, (side * side,) * (n // pooled)) for n in counts]
-    return common.visual_input(seams.model, call, pictures)
+    return visual.visual_input(seams.model, call, pictures)
 
 
 def _packed_lengths(core: Any, call: Mapping[str, Any]) -> list[int]:

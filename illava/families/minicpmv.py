@@ -21,10 +21,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from illava.families import seams as common
-from illava.families.layout import Layout
-from illava.families.seams import Projector, Regrid, Seams, Survivors, VisualInput, core_of, part
-from illava.plan import LLM_PAPER, VIT_PAPER, nearest_layers, scale_layers
+from illava.families import visual
+from illava.families.layout import Layout, Survivors
+from illava.families.parts import core_of, part
+from illava.families.seams import Projector, Regrid, Seams
+from illava.families.visual import VisualInput
+from illava.plan import LLM_PAPER, VIT_PAPER
+from illava.schedule import nearest_layers, scale_layers
 
 
 def find_seams(model: nn.Module) -> Seams:
@@ -82,13 +85,13 @@ def visual_input(seams: Seams, call: Mapping[str, Any]) -> VisualInput | None:
         ("video", "pixel_values_videos", "target_sizes_videos"),
     ):
         if encoded.get(kind) is not None:
-            counts = common.feature_lengths(encoded[kind].pooler_output)
+            counts = visual.feature_lengths(encoded[kind].pooler_output)
         elif call.get(pixels) is not None:
             counts = (call[sizes].prod(-1) // side**2).tolist()
         else:
             continue
         pictures[kind] = [(n, (n,)) for n in counts]
-    return common.visual_input(seams.model, call, pictures)
+    return visual.visual_input(seams.model, call, pictures)
 
 
 def _joins_inside(core: Any, mode: str | None) -> bool:

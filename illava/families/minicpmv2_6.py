@@ -22,10 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from illava.families import seams as common
-from illava.families.layout import Layout
-from illava.families.seams import Observed, Projector, Seams, Survivors, VisualInput, part
-from illava.plan import LLM_PAPER, VIT_PAPER, scale_layers
+from illava.families import visual
+from illava.families.layout import Layout, Survivors
+from illava.families.parts import part
+from illava.families.seams import Observed, Projector, Seams
+from illava.families.visual import VisualInput
+from illava.plan import LLM_PAPER, VIT_PAPER
+from illava.schedule import scale_layers
 
 
 def find_seams(model: nn.Module) -> Seams:
@@ -91,7 +94,7 @@ def visual_input(seams: Seams, call: Mapping[str, Any]) -> VisualInput | None:
     sizes = [h * w for rows in call.get("tgt_sizes", ()) for h, w in torch.as_tensor(rows).tolist()]
     known = len(sizes) == len(counts)  # not if the caller brought features along
     pictures = [(n, (sizes[i],) if known else None) for i, n in enumerate(counts)]
-    return common.visual_tokens({"image": place}, {"image": pictures})
+    return visual.visual_tokens({"image": place}, {"image": pictures})
 
 
 def joining_methods(state: Any) -> tuple[tuple[nn.Module, str, Callable[..., Any]], ...]:

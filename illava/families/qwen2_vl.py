@@ -17,10 +17,13 @@ from typing import Any
 
 from torch import nn
 
-from illava.families import seams as common
+from illava.families import visual
 from illava.families.layout import Layout
-from illava.families.seams import Projector, Seams, VisualInput, core_of, feature_lengths, part
-from illava.plan import LLM_PAPER, VIT_PAPER, scale_layers
+from illava.families.parts import core_of, part
+from illava.families.seams import Projector, Seams
+from illava.families.visual import VisualInput, feature_lengths
+from illava.plan import LLM_PAPER, VIT_PAPER
+from illava.schedule import scale_layers
 
 
 def find_seams(model: nn.Module) -> Seams:
@@ -85,4 +88,4 @@ def visual_input(seams: Seams, call: Mapping[str, Any]) -> VisualInput | None:
         else:
             continue
         pictures[kind] = [(n, (n,)) for n in counts]
-    return common.visual_input(seams.model, call, pictures)
+    return visual.visual_input(seams.model, call, pictures)

@@ -18,8 +18,9 @@ from dataclasses import replace
 from torch import nn
 
 from illava.families import qwen2_vl
+from illava.families.parts import part
 from illava.families.qwen2_vl import layout, visual_input
-from illava.families.seams import Additions, Projector, Seams, part
+from illava.families.seams import Additions, Projector, Seams
 
 __all__ = ["find_seams", "layout", "visual_input"]
 

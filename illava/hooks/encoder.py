@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from illava.families.layout import Survivors
 from illava.families.packing import pack_over_dead
-from illava.families.seams import Projector, Regrid, Survivors, arguments
+from illava.families.parts import arguments
+from illava.families.seams import Projector, Regrid
 from illava.hooks.state import State, checkpoints
-from illava.language import refuse_unserved
+from illava.refusals import refuse_unserved
 from illava.vision import VisionCall
 
 

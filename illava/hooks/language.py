@@ -9,9 +9,10 @@ from torch import nn
 
 from illava import sequence
 from illava.errors import UnsupportedInputError
-from illava.families.seams import arguments
+from illava.families.parts import arguments
 from illava.hooks.state import State, checkpoints
-from illava.language import LanguageCall, refuse_unserved
+from illava.language import LanguageCall
+from illava.refusals import refuse_unserved
 from illava.report import build_report
 from illava.vision import is_dead
 

@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from illava.families.seams import Seams, VisualInput
+from illava.families.seams import Seams
+from illava.families.visual import VisualInput
 from illava.flops import measure
 from illava.language import LanguageCall
-from illava.plan import ModelPlan
 from illava.report import Report
+from illava.schedule import ModelPlan
 from illava.vision import EncoderRecord, VisionCall
 
 _NUMBERS = itertools.count()

@@ -1,0 +1,66 @@
+"""Finding a model's parts, and what its modules are called with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+from illava.errors import SeamError
+
+
+def part(root: nn.Module, path: str, why: str, *alternatives: str) -> Any:
+    """`root.path` or the first of the alternatives it has, or an error that names what is missing.
+
+    Raises:
+        SeamError: this version of transformers has no such part.
+    """
+    for candidate in (path, *alternatives):
+        current: Any = root
+        for name in candidate.split("."):
+            current = getattr(current, name, None)
+        if current is not None:
+            return current
+    import transformers
+
+    raise SeamError(
+        f"{type(root).__name__} has no {path!r} in transformers {transformers.__version__}; illava needs "
+        f"it {why}. Install a version it was run on (4.57.6 or 5.23), or report this at the project's "
+        "issue tracker."
+    )
+
+
+def core_of(model: nn.Module) -> nn.Module:
+    """The module that joins pictures and text, in `...ForConditionalGeneration` or itself.
+
+    Raises:
+        SeamError: it has none.
+    """
+    if hasattr(model, "lm_head") or not hasattr(model, "language_model"):
+        return part(model, "model", "as the module that joins pictures and text")
+    return model
+
+
+def used_blocks(depth: int, feature_layer: int | Sequence[int]) -> int:
+    """How many blocks lie below the hidden states a model reads from its encoder.
+
+    Args:
+        depth: blocks of the encoder.
+        feature_layer: index, or indices, into its `depth + 1` hidden states.
+    """
+    indices = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
+    return max(index % (depth + 1) for index in indices)
+
+
+@lru_cache(maxsize=256)
+def _signature(forward: Any) -> inspect.Signature:
+    return inspect.signature(forward)
+
+
+def arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything a module was called with, by name, whether it came by position or by keyword."""
+    names = [n for n in _signature(type(module).forward).parameters if n != "self"]
+    return dict(zip(names, args, strict=False)) | dict(kwargs)

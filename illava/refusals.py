@@ -1,0 +1,41 @@
+"""Calls of the language model that merging cannot serve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from illava.errors import UnsupportedInputError
+
+
+def refuse_unserved(
+    attention_mask: Any, position_ids: Tensor | None, checkpointing: bool, batch: int
+) -> None:
+    """Say which arguments of a call merging cannot serve, before anything runs.
+
+    Raises:
+        UnsupportedInputError: a mask that is not 2-D, packed sequences, gradient checkpointing.
+    """
+    if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
+        shape = (
+            tuple(attention_mask.shape)
+            if isinstance(attention_mask, Tensor)
+            else type(attention_mask).__name__
+        )
+        raise UnsupportedInputError(
+            f"attention_mask of {shape}: a ready-made mask of the caller's length fits no layer after a "
+            "merge; pass the tokenizer's 2-D mask of 0 and 1, from which illava makes each layer's own"
+        )
+    if checkpointing:
+        raise UnsupportedInputError(
+            "gradient checkpointing recomputes layers after the call is over, when what was merged is "
+            "forgotten; call model.gradient_checkpointing_disable() while the model is patched"
+        )
+    if attention_mask is None and batch == 1 and position_ids is not None and position_ids.ndim == 3:
+        text = position_ids[0, 0]
+        if position_ids.shape[0] == 4 and text.numel() > 1 and not bool((text.diff() == 1).all()):
+            raise UnsupportedInputError(
+                f"position_ids restart {int((text.diff() != 1).sum())} times within one row: packed "
+                "sequences are not supported; pass one sequence per row with a 2-D attention mask"
+            )

@@ -1,0 +1,91 @@
+"""What merges in the language model read of a layer's attention.
+
+Notation for tensor shapes: B rows, n slots held now, K' key heads, K keys of the layer (a cache's
+included), T text slots, H query heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from illava import merge, sequence
+from illava.attention import streaming
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What merges read of a layer's attention.
+
+    Attributes:
+        importance: `[B, n]` attention each slot receives.
+        queries, keys: `[B, n, H, D]`, rotated; of the slots alone, not of a cache.
+        scale: factor on their products.
+    """
+
+    importance: Tensor
+    queries: Tensor
+    keys: Tensor
+    scale: float
+
+    def take(self, index: Tensor) -> Scores:
+        """Those of the slots `index` `[B, n']`."""
+        rows = torch.arange(len(index), device=index.device)[:, None]
+        return Scores(
+            self.importance.gather(1, index), self.queries[rows, index], self.keys[rows, index], self.scale
+        )
+
+
+def attention_importance(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    *,
+    k_positions: Tensor,
+    score: str,
+    queries: str,
+    text: Tensor,
+    text_width: int,
+    visual: Tensor | None,
+    lone: Tensor | None,
+) -> Tensor:
+    """How much attention each slot receives, `[B, n]` in fp32.
+
+    Args:
+        q: `[B, H, n, D]`, rotated.
+        k: `[B, K', K, D]`, the slots' own keys last.
+        scale: factor on their products.
+        k_positions: `[B, K]` positions of the keys, padding of both kinds marked -1.
+        score: `"attention"`, or `"lse"` for the query statistic.
+        queries: whose attention counts: `"text"`, `"all"`, `"visual"` or the `"last"`.
+        text: `[B, n]` bool, the slots that are text; `text_width` their largest number in a row.
+        visual: `[B, n]` bool, the slots that are visual; needed by `"visual"` alone.
+        lone: `[B, n]` bool, slots of pictures after which no text comes: nothing there can ask for
+            them, so with `"text"` all their queries rank them instead. `None` if there are none.
+    """
+    slots = q.shape[2]
+    own = k_positions[:, -slots:]  # the queries' positions
+    if score == "lse":
+        level = streaming.log_sum_exp(q, k, scale=scale, q_positions=own, k_positions=k_positions)
+        return level.mean(dim=1)
+
+    def received(columns: Tensor, positions: Tensor) -> Tensor:
+        chosen = sequence.take_rows(q, columns[:, None].expand(-1, q.shape[1], -1))  # [B, H, T, D]
+        table = streaming.attention_received(
+            chosen, k, scale=scale, q_positions=positions, k_positions=k_positions
+        )
+        return table[:, -slots:]
+
+    everyone = torch.arange(slots, device=q.device).expand(q.shape[0], -1)
+    if queries == "all":
+        return received(everyone, own)
+    if queries == "visual" and visual is not None:
+        return received(everyone, own.masked_fill(~visual, -1))
+    if queries == "last":
+        last = own.argmax(dim=1, keepdim=True)  # [B, 1]
+        return received(last, own.gather(1, last))
+    columns = merge.compact(text, text_width)  # [B, T]
+    importance = received(columns, own.masked_fill(~text, -1).gather(1, columns))
+    return importance if lone is None else torch.where(lone, received(everyone, own), importance)

@@ -1,0 +1,112 @@
+"""What the vision encoder holds between two merges.
+
+Notation for tensor shapes: N tokens held now (packed), U units held now, g tokens per unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from illava.families.layout import Layout, Survivors
+
+
+@dataclass
+class Stage:
+    """What the encoder holds from one block on.
+
+    Attributes:
+        first_block: the first block that sees it.
+        layout: of the full grid at this depth.
+        units: `[U]` the surviving units, numbered over the whole call, ascending.
+        tokens: `[N]` the surviving tokens, likewise.
+        members: `[U, g]` where each unit's tokens stand among the survivors.
+        frame_counts: units of each frame, known on the host.
+        regrids: whether a module has joined patches just before it.
+    """
+
+    first_block: int
+    layout: Layout
+    units: Tensor
+    tokens: Tensor
+    members: Tensor
+    frame_counts: tuple[int, ...]
+    regrids: bool = False
+    _memo: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def frame_tokens(self) -> tuple[int, ...]:
+        """Tokens of each frame."""
+        return tuple(self.layout.prefix + n * self.layout.unit_tokens for n in self.frame_counts)
+
+    @property
+    def width(self) -> int:
+        """Tokens per row, where frames are rows."""
+        return max(self.frame_tokens)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """`[rows, width, ...]` to `[N, ...]`, without padding."""
+        flat = x.flatten(0, 1)
+        return flat if self._full else flat[self._places.to(x.device)]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """`[N, ...]` to `[rows, width, ...]`, padded at the end of each row with zeros."""
+        if self.layout.row_tokens is None:
+            return x[None]
+        rows = len(self.frame_counts)
+        if self._full:
+            return x.unflatten(0, (rows, self.width))
+        table = x.new_zeros((rows * self.width, *x.shape[1:]))
+        return table.index_copy(0, self._places.to(x.device), x).unflatten(0, (rows, self.width))
+
+    def padding_mask(self, mask: Tensor | None) -> Tensor | None:
+        """A mask of this stage's widths, in the form of the caller's: `[B, 1, n, n]` added, `[B, n]` bool."""
+        if mask is None or self._full:
+            return None
+        real = torch.arange(self.width) < torch.tensor(self.frame_tokens)[:, None]
+        real = real.to(mask.device)  # [B, n]
+        if mask.ndim == 2:
+            return real
+        added = mask.new_zeros(real.shape).masked_fill(~real, torch.finfo(mask.dtype).min)
+        return added[:, None, None].expand(-1, 1, self.width, -1)
+
+    @property
+    def _full(self) -> bool:
+        return self.layout.row_tokens is None or min(self.frame_tokens) == self.width
+
+    @cached_property
+    def _places(self) -> Tensor:
+        real = torch.arange(self.width) < torch.tensor(self.frame_tokens)[:, None]
+        return real.flatten().nonzero().flatten()
+
+    def select(self, x: Tensor) -> Tensor:
+        """Rows of survivors from something with a row per token of the full packing."""
+        return self._once(x, lambda: x[self.tokens.to(x.device)])
+
+    def recount(self, cu_seqlens: Tensor) -> Tensor:
+        """Span boundaries by counting the survivors of each original span; empty spans go."""
+
+        def count() -> Tensor:
+            alive = torch.zeros(self.layout.total_tokens + 1, dtype=torch.int32, device=self.tokens.device)
+            alive[self.tokens + 1] = 1
+            before = alive.cumsum(0, dtype=torch.int32).to(cu_seqlens.device)
+            return before[cu_seqlens.long()].unique_consecutive().to(cu_seqlens.dtype)
+
+        return self._once(cu_seqlens, count)
+
+    def _once(self, source: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """Every block is handed the same few tensors; each is shortened once per stage."""
+        if id(source) not in self._memo:
+            self._memo[id(source)] = (source, make())  # holding the source keeps its id its own
+        return self._memo[id(source)][1]
+
+    def forget(self) -> None:
+        """Let go of what was shortened for this call."""
+        self._memo.clear()
+
+    def survivors(self) -> Survivors:
+        return Survivors(self.layout, self.units, self.tokens, self.members, self.frame_counts)
