@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from illava.transfer import on
+
 # Elements of the largest score block held at once while affinities are computed (64 MiB in fp32).
 AFFINITY_BLOCK_ELEMENTS = 2**24
 
@@ -96,8 +98,8 @@ def select(
     """
     device = importance.device
     width = importance.shape[1]
-    count = torch.tensor(counts, device=device)[:, None]  # [S, 1]
-    kept = torch.tensor(keep_counts, device=device)[:, None]  # [S, 1]
+    count = on(device, counts)[:, None]  # [S, 1]
+    kept = on(device, keep_counts)[:, None]  # [S, 1]
     place = torch.arange(width, device=device)[None]  # [1, N]
 
     ranked = importance.float().masked_fill(place >= count, float("-inf"))
@@ -147,7 +149,7 @@ def compact(keep: Tensor, length: int) -> Tensor:
 def _real(counts: Sequence[int], width: int, device: torch.device) -> Tensor:
     """Flat places of the first `counts[s]` columns of each row of an `[S, width]` table."""
     rows = [torch.arange(row * width, row * width + n) for row, n in enumerate(counts)]
-    return torch.cat(rows).to(device) if rows else torch.zeros(0, dtype=torch.long, device=device)
+    return on(device, torch.cat(rows)) if rows else torch.zeros(0, dtype=torch.long, device=device)
 
 
 def _no_groups(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,10 +166,10 @@ def _linear_groups(
     if not merging:
         return _no_groups(device)
     sizes = [counts[s] - keep_counts[s] + 1 for s in merging]
-    rows = torch.tensor(merging, device=device)
-    first = torch.tensor([keep_counts[s] - 1 for s in merging], device=device)[:, None]
+    rows = on(device, merging)
+    first = on(device, [keep_counts[s] - 1 for s in merging])[:, None]
     step = torch.arange(max(sizes), device=device)[None]  # [1, T]
-    size = torch.tensor(sizes, device=device)[:, None]
+    size = on(device, sizes)[:, None]
     ranks = (first + step).clamp(max=order.shape[1] - 1)
     sources = index[rows].gather(1, order[rows].gather(1, ranks))  # [S', T]
     weights = torch.where(step < size, step + 1.0, torch.zeros_like(step, dtype=torch.float32))
@@ -196,12 +198,12 @@ def _recycled_groups(
 
     # Ranks from P^i on are the targets; the first P^c of them are the recycled units themselves,
     # so that a recycled unit and its own place among the targets share one column number.
-    rows = torch.tensor(merging, device=device)
+    rows = on(device, merging)
     step = torch.arange(max(targets), device=device)[None]  # [1, T]
-    first = torch.tensor(informative, device=device)[:, None]
+    first = on(device, informative)[:, None]
     ranks = (first + step).clamp(max=order.shape[1] - 1)
     target_units = index[rows].gather(1, order[rows].gather(1, ranks))  # [S', T]
-    is_target = step < torch.tensor(targets, device=device)[:, None]  # [S', T]
+    is_target = step < on(device, targets)[:, None]  # [S', T]
 
     widest = max(recycled)
     scores = affinity(queries[target_units[:, :widest]], keys[target_units], is_target, scale)

@@ -25,6 +25,7 @@ from illava.attention import (
 from illava.families.layout import Layout
 from illava.families.seams import Seams
 from illava.schedule import ModelPlan, SegmentSchedule
+from illava.transfer import on
 from illava.vision_stage import Stage
 
 
@@ -81,7 +82,7 @@ class VisionCall:
         self.implementation = implementation
         self.backend: str | None = None
         units, tokens, members = (
-            x.to(device) for x in (torch.arange(layout.total_units), layout.tokens(), layout.members())
+            on(device, x) for x in (torch.arange(layout.total_units), layout.tokens(), layout.members())
         )
         self.stages = [Stage(0, layout, units, tokens, members, layout.frame_units)]
         self.attending: int | None = None
@@ -154,7 +155,7 @@ class VisionCall:
         else:
             tokens = varlen_attention_received(q, k, lse, spans, scale=scale)
         importance = tokens[members].mean(dim=1)  # [U]
-        starts = torch.tensor([0, *counts[:-1]], device=q.device).cumsum(0)[:, None]
+        starts = on(q.device, [*accumulate(counts, initial=0)][:-1])[:, None]
         index = (starts + torch.arange(max(counts), device=q.device)).clamp(max=sum(counts) - 1)
         return merge.select(
             importance[index],
@@ -203,7 +204,7 @@ class VisionCall:
         side, layout = stage.layout.side // 2, stage.layout.halved()
         # [U, side, 2, side, 2] to [U, windows, 2, 2]
         windows = stage.members.unflatten(1, (side, 2, side, 2)).transpose(2, 3).flatten(1, 2)
-        tokens = layout.members().to(stage.units.device)[stage.units]  # [U, windows] over the halved grid
+        tokens = on(stage.units.device, layout.members())[stage.units]  # [U, windows] over the halved grid
         order = tokens.flatten().argsort()
         members = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=order.device))
         self.stages.append(

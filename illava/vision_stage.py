@@ -12,7 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from illava.families.layout import Layout, Survivors
+from illava.families.layout import Layout, Survivors, row_places
+from illava.transfer import on
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Stage:
     def pack(self, x: Tensor) -> Tensor:
         """`[rows, width, ...]` to `[N, ...]`, without padding."""
         flat = x.flatten(0, 1)
-        return flat if self._full else flat[self._places.to(x.device)]
+        return flat if self._full else flat[on(x.device, self._places)]
 
     def unpack(self, x: Tensor) -> Tensor:
         """`[N, ...]` to `[rows, width, ...]`, padded at the end of each row with zeros."""
@@ -61,14 +62,14 @@ class Stage:
         if self._full:
             return x.unflatten(0, (rows, self.width))
         table = x.new_zeros((rows * self.width, *x.shape[1:]))
-        return table.index_copy(0, self._places.to(x.device), x).unflatten(0, (rows, self.width))
+        return table.index_copy(0, on(x.device, self._places), x).unflatten(0, (rows, self.width))
 
     def padding_mask(self, mask: Tensor | None) -> Tensor | None:
         """A mask of this stage's widths, in the form of the caller's: `[B, 1, n, n]` added, `[B, n]` bool."""
         if mask is None or self._full:
             return None
         real = torch.arange(self.width) < torch.tensor(self.frame_tokens)[:, None]
-        real = real.to(mask.device)  # [B, n]
+        real = on(mask.device, real)  # [B, n]
         if mask.ndim == 2:
             return real
         added = mask.new_zeros(real.shape).masked_fill(~real, torch.finfo(mask.dtype).min)
@@ -80,21 +81,23 @@ class Stage:
 
     @cached_property
     def _places(self) -> Tensor:
-        real = torch.arange(self.width) < torch.tensor(self.frame_tokens)[:, None]
-        return real.flatten().nonzero().flatten()
+        return row_places(self.frame_tokens, self.width)
 
     def select(self, x: Tensor) -> Tensor:
         """Rows of survivors from something with a row per token of the full packing."""
         return self._once(x, lambda: x[self.tokens.to(x.device)])
 
     def recount(self, cu_seqlens: Tensor) -> Tensor:
-        """Span boundaries by counting the survivors of each original span; empty spans go."""
+        """Span boundaries by counting the survivors of each original span, which may be none.
+
+        Empty spans stay: how many there are only the device knows, and attention over none is none.
+        """
 
         def count() -> Tensor:
             alive = torch.zeros(self.layout.total_tokens + 1, dtype=torch.int32, device=self.tokens.device)
             alive[self.tokens + 1] = 1
             before = alive.cumsum(0, dtype=torch.int32).to(cu_seqlens.device)
-            return before[cu_seqlens.long()].unique_consecutive().to(cu_seqlens.dtype)
+            return before[cu_seqlens.long()].to(cu_seqlens.dtype)
 
         return self._once(cu_seqlens, count)
 

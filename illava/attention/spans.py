@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from illava.transfer import on
 
 # Spans share a padded table while padding adds at most this share of the longest span.
 PADDING_SHARE = 0.25
@@ -28,8 +31,8 @@ class Spans:
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], device: torch.device | str) -> Spans:
         real = tuple(n for n in lengths if n > 0)
-        bounds = torch.tensor([0, *real], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return cls(bounds.to(device), real)
+        bounds = torch.tensor([*accumulate(real, initial=0)], dtype=torch.int32)
+        return cls(on(torch.device(device), bounds), real)
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor) -> Spans:
@@ -53,15 +56,15 @@ class Spans:
 
     def _build_tables(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         device = self.cu_seqlens.device
-        starts = torch.tensor([0, *self.lengths[:-1]]).cumsum(0).tolist()
+        starts = [*accumulate(self.lengths, initial=0)][:-1]
         spans = sorted(zip(self.lengths, starts, strict=True), reverse=True)
         while spans:
             longest = spans[0][0]
             shortest = longest * (1 - PADDING_SHARE)
             size = next((i for i, (n, _) in enumerate(spans) if n < shortest), len(spans))
             table, spans = spans[:size], spans[size:]
-            length = torch.tensor([n for n, _ in table], device=device)[:, None]
-            start = torch.tensor([s for _, s in table], device=device)[:, None]
+            length = on(device, [n for n, _ in table])[:, None]
+            start = on(device, [s for _, s in table])[:, None]
             step = torch.arange(longest, device=device)[None]
             index = start + torch.minimum(step, length - 1)  # [s, l]
             yield index, None if table[-1][0] == longest else step < length

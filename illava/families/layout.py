@@ -72,16 +72,14 @@ class Layout:
         """`[N]` the places of real tokens among all, ascending; on the CPU."""
         if not self.padded or self.row_tokens is None:
             return torch.arange(self.total_tokens)
-        column = torch.arange(self.row_tokens)
-        real = column < torch.tensor(self.frame_tokens)[:, None]
-        return real.flatten().nonzero().flatten()
+        return row_places(self.frame_tokens, self.row_tokens)
 
     def members(self) -> Tensor:
         """`[U, g]` where each unit's tokens stand among the real ones; on the CPU."""
         if not self.raster:
             places = torch.arange(self.total_units * self.unit_tokens)
             return places.view(-1, self.unit_tokens)
-        starts = torch.tensor([0, *accumulate(self.frame_tokens)][:-1]) + self.prefix
+        starts = torch.tensor([*accumulate(self.frame_tokens, initial=self.prefix)][:-1])
         within = {size: _unit_places(*size, self.side) for size in set(self.frames)}
         if len(within) == 1:  # tiles of one size, the common case
             return (starts[:, None, None] + within[self.frames[0]]).flatten(0, 1)
@@ -91,6 +89,11 @@ class Layout:
         """The layout after a module inside the encoder has joined 2 x 2 patches."""
         grids = tuple((t, h // 2, w // 2) for t, h, w in self.grids)
         return replace(self, grids=grids, side=self.side // 2)
+
+
+def row_places(counts: Sequence[int], width: int) -> Tensor:
+    """`[N]` the places of the first `counts` of each row of `width`, rows end to end; on the CPU."""
+    return torch.cat([torch.arange(n) + row * width for row, n in enumerate(counts)])
 
 
 def _unit_places(height: int, width: int, side: int) -> Tensor:

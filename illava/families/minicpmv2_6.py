@@ -29,6 +29,7 @@ from illava.families.seams import Observed, Projector, Seams
 from illava.families.visual import VisualInput
 from illava.plan import LLM_PAPER, VIT_PAPER
 from illava.schedule import scale_layers
+from illava.transfer import on
 
 
 def find_seams(model: nn.Module) -> Seams:
@@ -127,7 +128,7 @@ def _squeeze(call: dict[str, Any], alive: Survivors) -> dict[str, Any]:
     columns = [tokens % width for tokens in alive.tokens.to(key.device).split(list(alive.frame_counts))]
     index = nn.utils.rnn.pad_sequence(columns)  # [n, slices]
     rows = torch.arange(index.shape[1], device=key.device)
-    kept = torch.tensor(alive.frame_counts, device=key.device)
+    kept = on(key.device, alive.frame_counts)
     padding = torch.arange(index.shape[0], device=key.device) >= kept[:, None]  # [slices, n]
     return call | {
         "key": key[index, rows],
