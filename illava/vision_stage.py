@@ -87,17 +87,21 @@ class Stage:
         """Rows of survivors from something with a row per token of the full packing."""
         return self._once(x, lambda: x[self.tokens.to(x.device)])
 
-    def recount(self, cu_seqlens: Tensor) -> Tensor:
+    def recount(self, cu_seqlens: Tensor, keep_empty: bool) -> Tensor:
         """Span boundaries by counting the survivors of each original span, which may be none.
 
-        Empty spans stay: how many there are only the device knows, and attention over none is none.
+        Args:
+            cu_seqlens: the original boundaries.
+            keep_empty: leave empty spans in, as flash attention may have them. Taking them out asks
+                the device how many there are; Hugging Face's loop over spans does so anyway.
         """
 
         def count() -> Tensor:
             alive = torch.zeros(self.layout.total_tokens + 1, dtype=torch.int32, device=self.tokens.device)
             alive[self.tokens + 1] = 1
             before = alive.cumsum(0, dtype=torch.int32).to(cu_seqlens.device)
-            return before[cu_seqlens.long()].to(cu_seqlens.dtype)
+            bounds = before[cu_seqlens.long()].to(cu_seqlens.dtype)
+            return bounds if keep_empty else bounds.unique_consecutive()
 
         return self._once(cu_seqlens, count)
 

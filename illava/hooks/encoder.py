@@ -50,7 +50,8 @@ class EncoderHooks:
             cos, sin = kwargs["position_embeddings"]
             kwargs["position_embeddings"] = (stage.select(cos), stage.select(sin))
         if kwargs.get("cu_seqlens") is not None:
-            kwargs["cu_seqlens"] = stage.recount(kwargs["cu_seqlens"])
+            keep_empty = call.implementation.startswith("flash")
+            kwargs["cu_seqlens"] = stage.recount(kwargs["cu_seqlens"], keep_empty)
         return args, kwargs
 
     def enter_block_attention(self, number: int, args: Any, kwargs: Any) -> Any:
