@@ -285,7 +285,9 @@ def measure(
         label = f"round {number + 1} of {options.rounds}"
         prefill()  # not timed: a call after one of other sizes finds the allocator in another state
         step(label)
-        base, nothing, merging = [], [], []
+        base: list[float] = []
+        nothing: list[float] = []
+        merging: list[float] = []
         for times, run in ((base, unmerged), (nothing, idle), (nothing, idle), (base, unmerged)):
             times.append(run())
             step(label)
@@ -307,9 +309,10 @@ def _describe(result: Result, handle: illava.Handle) -> None:
         raise SystemExit(f"reduction {result.reduction}: illava made no report, so nothing was merged")
     plan = handle.plan
     result.layers = f"vit {' '.join(map(str, plan.vit_layers))}; llm {' '.join(map(str, plan.llm_layers))}"
-    left = [record.tokens_out for record in report.pictures[0].layers if record.stage == "vit"]
-    result.encoded = report.pictures[0].encoded_units or report.tokens
-    result.encoder_tokens = left[-1] if left else result.encoded
+    result.encoded = result.encoder_tokens = sum(p.encoded_units or p.tokens for p in report.pictures)
+    result.encoder_tokens -= sum(
+        r.tokens_removed for p in report.pictures for r in p.layers if r.stage == "vit"
+    )
     result.tokens, result.final_tokens = f"{report.tokens} > {report.final_tokens}", report.final_tokens
     result.bound = report.flops.speedup_bound
 
