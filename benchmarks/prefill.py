@@ -3,6 +3,9 @@
     python benchmarks/prefill.py                         # two CPU cores, a minute or two
     python benchmarks/prefill.py --check                 # exit 1 below 0.90 of the bound
     python benchmarks/prefill.py --profile               # where illava's own time goes
+    python benchmarks/prefill.py --family internvl       # another family's small model
+    python benchmarks/prefill.py --family all            # every family, some ten minutes
+    python benchmarks/prefill.py --family all --check    # exit 1 if one is not faster than unpatched
     python benchmarks/prefill.py --config qwen2.5-vl-7b --device cuda --dtype bfloat16 --rounds 20
 
 A prefill is encoder, language model and head for the last token, with a cache, of one picture and a
@@ -11,7 +14,7 @@ again, then at every reduction; patching and its removal are not timed. A speed-
 the rounds of (mean of the round's unpatched times) / (patched time), so that a busy machine slows
 both sides of a ratio. Weights are random: time does not depend on what they say.
 
-How the small model was chosen. It is Qwen2.5-VL-7B made narrower and shallower, not rebalanced:
+How the default small model was chosen. It is Qwen2.5-VL-7B made narrower and shallower, not rebalanced:
 heads keep their real sizes (80 channels in the encoder, 128 in the language model), feed-forward
 networks their real ratios (2.67 and 5.29), full attention its real relative depth (every quarter, so
 the default plan merges after 1/4 and 1/2 of the encoder, as 7 and 15 of 32), windows and picture
@@ -22,6 +25,8 @@ share them: at 1,024 visual tokens they are some 7 % of the merged prefill's ope
 1 % in the 7B model. And the fewer rows a matrix product has, the less of the CPU's peak it reaches, which
 no package can change: the efficiency lines below the table say how much that is on this machine.
 
+The other families' models (prefill_models.py) are made the same way, with about a third of its operations.
+
 `--clock cpu --threads 1` times the process's own CPU seconds, for machines that others use as well.
 """
 
@@ -29,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import gc
 import inspect
 import platform
@@ -45,149 +51,26 @@ from typing import Any
 
 import torch
 import transformers
+from prefill_inputs import build_inputs
+from prefill_models import FAMILIES, QWEN2_5_VL_7B, Family, Shape, build_config, build_model
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import illava
 
 SHARE_OF_BOUND = 0.90
 COST_OF_NOTHING = 0.01
-PATCH, UNIT = 14, 2
-VISION_START, VISION_END, IMAGE, VIDEO, FIRST_TEXT = range(5)
+DEFAULT_FAMILY, ALL = "qwen2_5_vl", "all"
+CONFIGS = ("small", "qwen2.5-vl-7b")
 DEFAULT_CSV = Path(__file__).parent / "results" / "prefill_cpu.csv"
 
 COLUMNS = (
-    "date", "torch", "transformers", "illava", "device", "threads", "dtype", "attn", "config", "clock",
-    "rounds", "reduction", "layers", "tokens", "bound", "speedup", "p25", "p75", "share_of_bound",
+    "date", "torch", "transformers", "illava", "device", "threads", "dtype", "attn", "family", "config",
+    "clock", "rounds", "reduction", "layers", "tokens", "bound", "speedup", "p25", "p75", "share_of_bound",
     "time_unpatched_ms", "time_patched_ms", "merge_share",
 )  # fmt: skip
-
-
-# The model and its inputs -------------------------------------------------------------------------
-
-
-def small_config(options: argparse.Namespace) -> Qwen2_5_VLConfig:
-    """The 7B model made narrower and shallower; see the top of this file."""
-    hidden, depth, llm_hidden = options.hidden, options.depth, options.llm_hidden
-    heads = llm_hidden // 128
-    return _config(
-        vision={
-            "depth": depth,
-            "hidden_size": hidden,
-            "intermediate_size": round(hidden * 3420 / 1280 / 16) * 16,
-            "num_heads": hidden // 80,
-            "fullatt_block_indexes": [depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)],
-        },
-        text={
-            "hidden_size": llm_hidden,
-            "intermediate_size": round(llm_hidden * 18944 / 3584 / 128) * 128,
-            "num_hidden_layers": options.llm_layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": 1 if heads % 7 else heads // 7,
-            "vocab_size": 2048,
-        },
-    )
-
-
-def full_config(options: argparse.Namespace) -> Qwen2_5_VLConfig:
-    """The architecture of Qwen2.5-VL-7B-Instruct."""
-    del options
-    return _config(
-        vision={
-            "depth": 32,
-            "hidden_size": 1280,
-            "intermediate_size": 3420,
-            "num_heads": 16,
-            "fullatt_block_indexes": [7, 15, 23, 31],
-        },
-        text={
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "vocab_size": 152064,
-        },
-    )
-
-
-CONFIGS = {"small": small_config, "qwen2.5-vl-7b": full_config}
-
-
-def _config(vision: dict[str, Any], text: dict[str, Any]) -> Qwen2_5_VLConfig:
-    # `rope_scaling` as the hub's checkpoints have it, which transformers 4.57 and 5.x both read.
-    text |= {
-        "rope_theta": 1_000_000.0,
-        "rope_scaling": {"type": "default", "mrope_section": [16, 24, 24]},
-        "max_position_embeddings": 128_000,
-        "rms_norm_eps": 1e-6,
-        "bos_token_id": FIRST_TEXT,
-        "eos_token_id": FIRST_TEXT,
-        "pad_token_id": FIRST_TEXT,
-        "use_sliding_window": False,
-    }
-    vision |= {
-        "in_channels": 3,
-        "patch_size": PATCH,
-        "spatial_merge_size": UNIT,
-        "temporal_patch_size": 2,
-        "window_size": 112,
-        "out_hidden_size": text["hidden_size"],
-        "tokens_per_second": 2,
-    }
-    return Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
-        tie_word_embeddings=False,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
-    )
-
-
-def build_model(
-    config: Qwen2_5_VLConfig, device: str, dtype: torch.dtype, attn: str
-) -> Qwen2_5_VLForConditionalGeneration:
-    """A model with random weights, made on the device."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=attn, dtype=dtype)
-    with torch.no_grad():
-        for module in model.modules():
-            # Every layer's output of unit size: attention neither uniform nor all on one token.
-            if isinstance(module, nn.Embedding):
-                module.weight.normal_()
-            elif isinstance(module, (nn.Linear, nn.Conv3d)):
-                module.weight.normal_(std=module.weight[0].numel() ** -0.5)
-    return model.eval()
-
-
-def build_inputs(
-    model: nn.Module, picture: int, text: int, device: str, dtype: torch.dtype
-) -> dict[str, Any]:
-    """One square picture of `picture` pixels a side between `text` tokens of text."""
-    side = picture // PATCH
-    visual = (side // UNIT) ** 2
-    vocabulary = model.get_input_embeddings().num_embeddings
-    generator = torch.Generator().manual_seed(0)
-    words = torch.randint(FIRST_TEXT, vocabulary, (text,), generator=generator)
-    before, after = words[: text // 2], words[text // 2 :]
-    start, end = torch.tensor([VISION_START]), torch.tensor([VISION_END])
-    ids = torch.cat([before, start, torch.full((visual,), IMAGE), end, after])[None]
-    pixels = torch.randn(side * side, 3 * 2 * PATCH * PATCH, generator=generator)
-    inputs = {
-        "input_ids": ids.to(device),
-        "attention_mask": torch.ones_like(ids).to(device),
-        "pixel_values": pixels.to(device, dtype),
-        "image_grid_thw": torch.tensor([[1, side, side]]).to(device),
-    }
-    if "mm_token_type_ids" in inspect.signature(type(model).forward).parameters:  # transformers 5.x
-        inputs["mm_token_type_ids"] = (ids == IMAGE).long().to(device)
-    return inputs
 
 
 class Prefill:
@@ -196,11 +79,13 @@ class Prefill:
     Args:
         model: patched or not.
         inputs: of its forward.
+        tokens: visual tokens among them.
         clock: `"wall"`, or `"cpu"` for the process's own CPU seconds.
     """
 
-    def __init__(self, model: nn.Module, inputs: dict[str, Any], clock: str) -> None:
-        self.model, self.inputs = model, inputs
+    def __init__(self, model: Any, inputs: dict[str, Any], tokens: int, clock: str) -> None:
+        self.model, self.inputs, self.tokens = model, inputs, tokens
+        self.keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         self.now = time.process_time if clock == "cpu" else time.perf_counter
         self.cuda = inputs["input_ids"].is_cuda
 
@@ -210,7 +95,11 @@ class Prefill:
 
     @torch.inference_mode()
     def __call__(self) -> Tensor:
-        return self.model(**self.inputs, logits_to_keep=1, use_cache=True).logits
+        if self.keeps_logits:
+            return self.model(**self.inputs, logits_to_keep=1, use_cache=True).logits
+        # MiniCPM-V 4.6 in transformers 5.23 puts every token through its head.
+        hidden = self.model.model(**self.inputs, use_cache=True).last_hidden_state
+        return self.model.lm_head(hidden[:, -1:])
 
     def seconds(self) -> float:
         gc.collect()
@@ -224,6 +113,24 @@ class Prefill:
 # Measuring ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Subject:
+    """One model and all that was measured of it.
+
+    Attributes:
+        name: of its family.
+        config: its shape in words.
+        unpatched, results: the unpatched model, and one result per reduction, 0 first.
+        notes: how fast its feed-forward networks are, with as many rows as before and after merging.
+    """
+
+    name: str
+    config: str
+    unpatched: Result
+    results: list[Result]
+    notes: list[str]
+
+
 @dataclass
 class Result:
     """One reduction.
@@ -231,7 +138,8 @@ class Result:
     Attributes:
         layers, tokens: which layers merge; visual tokens before and after.
         bound: of the speed-up, by the plan's operations.
-        encoder_tokens, final_tokens: visual tokens that leave the encoder and the last merge.
+        encoded, encoder_tokens: merge units that enter the encoder and leave it.
+        final_tokens: visual tokens that leave the last merge.
         seconds: one time per round.
         ratios: unpatched time / patched time, one per round.
         watch: one call looked at from inside.
@@ -242,6 +150,7 @@ class Result:
     tokens: str = ""
     bound: float = 1.0
     final_tokens: int = 0
+    encoded: int = 0
     encoder_tokens: int = 0
     seconds: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
@@ -267,6 +176,11 @@ class Result:
         if self.reduction == 0:
             return 1 / self.speedup - 1 <= COST_OF_NOTHING
         return self.share_of_bound >= SHARE_OF_BOUND
+
+    @property
+    def faster(self) -> bool:
+        """Than the unpatched model; reduction 0 need not be."""
+        return self.reduction == 0 or self.speedup > 1
 
 
 class Watch:
@@ -330,8 +244,10 @@ class Watch:
         return now
 
 
-def measure(prefill: Prefill, options: argparse.Namespace, progress: Progress) -> tuple[Result, list[Result]]:
-    """Time unpatched and patched in turn.
+def measure(
+    prefill: Prefill, options: argparse.Namespace, progress: Progress, name: str
+) -> tuple[Result, list[Result]]:
+    """Time unpatched and patched in turn, with a bar of that name.
 
     Returns:
         The unpatched model, and one result per reduction, 0 first.
@@ -350,10 +266,10 @@ def measure(prefill: Prefill, options: argparse.Namespace, progress: Progress) -
 
     unmerged = prefill.seconds
     steps = 5 + len(others)
-    task = progress.add_task("warming up", total=1 + len(others) + options.rounds * steps)
+    task = progress.add_task(f"{name}: warming up", total=1 + len(others) + options.rounds * steps)
 
     def step(label: str) -> None:
-        progress.update(task, advance=1, description=label)
+        progress.update(task, advance=1, description=f"{name}: {label}")
 
     prefill()
     step("warming up")
@@ -363,14 +279,15 @@ def measure(prefill: Prefill, options: argparse.Namespace, progress: Progress) -
             result.watch = Watch(prefill)
             _describe(result, handle)
         step("warming up")
-    tokens = int((prefill.inputs["input_ids"] == IMAGE).sum())
-    zero.tokens, zero.final_tokens = f"{tokens}", tokens
+    zero.tokens, zero.final_tokens = f"{prefill.tokens}", prefill.tokens
 
     for number in range(options.rounds):
         label = f"round {number + 1} of {options.rounds}"
         prefill()  # not timed: a call after one of other sizes finds the allocator in another state
         step(label)
-        base, nothing, merging = [], [], []
+        base: list[float] = []
+        nothing: list[float] = []
+        merging: list[float] = []
         for times, run in ((base, unmerged), (nothing, idle), (nothing, idle), (base, unmerged)):
             times.append(run())
             step(label)
@@ -392,21 +309,24 @@ def _describe(result: Result, handle: illava.Handle) -> None:
         raise SystemExit(f"reduction {result.reduction}: illava made no report, so nothing was merged")
     plan = handle.plan
     result.layers = f"vit {' '.join(map(str, plan.vit_layers))}; llm {' '.join(map(str, plan.llm_layers))}"
-    left = [record.tokens_out for record in report.pictures[0].layers if record.stage == "vit"]
-    result.encoder_tokens = left[-1] if left else report.tokens
+    result.encoded = result.encoder_tokens = sum(p.encoded_units or p.tokens for p in report.pictures)
+    result.encoder_tokens -= sum(
+        r.tokens_removed for p in report.pictures for r in p.layers if r.stage == "vit"
+    )
     result.tokens, result.final_tokens = f"{report.tokens} > {report.final_tokens}", report.final_tokens
     result.bound = report.flops.speedup_bound
 
 
 @torch.inference_mode()
-def efficiency(prefill: Prefill, label: str, mlp: nn.Module, rows: Sequence[int]) -> str:
+def efficiency(prefill: Prefill, label: str, mlp: nn.Module, width: int, rows: Sequence[int]) -> str:
     """TFLOP/s of one feed-forward network at several numbers of rows."""
-    weights = sum(p.numel() for p in mlp.parameters() if p.ndim == 2)
+    text = prefill.model.config.get_text_config()
+    chosen = getattr(text, "num_experts_per_tok", 1) / getattr(text, "num_experts", 1)
+    weights = sum(p.numel() * (chosen if p.ndim == 3 else 1) for p in mlp.parameters() if p.ndim > 1)
     parameter = next(mlp.parameters())
-    width = next(m for m in mlp.modules() if isinstance(m, nn.Linear)).in_features
     rates = {}
     for count in dict.fromkeys(rows):
-        x = torch.randn(count, width, device=parameter.device).to(parameter.dtype)
+        x = torch.randn(1, count, width, device=parameter.device).to(parameter.dtype)
         mlp(x)
         times = []
         for _ in range(9):
@@ -421,11 +341,51 @@ def efficiency(prefill: Prefill, label: str, mlp: nn.Module, rows: Sequence[int]
     return f"Efficiency of {label}, TFLOP/s (against the first): {', '.join(parts)}"
 
 
+def efficiencies(prefill: Prefill, merged: Sequence[Result]) -> list[str]:
+    """Of both feed-forward networks, before and after merging."""
+    if not merged:
+        return []
+    model, tokens = prefill.model, prefill.tokens
+    seams = illava.families.family_of(model.config.model_type, type(model).__name__).find_seams(model)
+    text = prefill.inputs["input_ids"].shape[1] - tokens
+    decoder = seams.layers[0].mlp
+    rows = [tokens + text, *(r.final_tokens + text for r in merged)]
+    lines = [
+        efficiency(
+            prefill,
+            "a decoder feed-forward network",
+            decoder,
+            model.get_input_embeddings().embedding_dim,
+            rows,
+        )
+    ]
+    block, unit = seams.blocks[0], seams.merge_size**2
+    encoder, width = getattr(block, seams.block_ffn), getattr(block, seams.block_norm).weight.numel()
+    rows = [unit * merged[0].encoded, *(unit * r.encoder_tokens for r in merged)]
+    return [*lines, efficiency(prefill, "an encoder feed-forward network", encoder, width, rows)]
+
+
+def run(name: str, family: Family, options: argparse.Namespace, progress: Progress) -> Subject:
+    """Build a family's model, measure it, and let it go."""
+    shape = options.shapes[name]
+    dtype = getattr(torch, options.dtype)
+    config = build_config(family, shape)
+    model = build_model(family, config, options.device, dtype, options.attn)
+    picture = family.picture(config, shape.picture, torch.Generator().manual_seed(0))
+    inputs = build_inputs(model, picture, options.text, options.device, dtype)
+    prefill = Prefill(model, inputs, picture.tokens, options.clock)
+    unpatched, results = measure(prefill, options, progress, name)
+    notes = [] if options.family == ALL else efficiencies(prefill, results[1:])
+    text = options.config + (f" {shape}" if options.config == "small" else "")
+    return Subject(name, text, unpatched, results, notes)
+
+
 # Showing ------------------------------------------------------------------------------------------
 
 
-def show(console: Console, title: str, unpatched: Result, results: Sequence[Result]) -> None:
-    table = Table(title=title)
+def show_one(console: Console, setting: str, subject: Subject) -> None:
+    unpatched, results = subject.unpatched, subject.results
+    table = Table(title=f"Prefill, {subject.name}, {subject.config}, {setting}")
     for column in (
         "reduction", "tokens", "bound", "measured", "of bound", "IQR", "ms", "unpatched ms", "merging", "",
     ):  # fmt: skip
@@ -444,6 +404,31 @@ def show(console: Console, title: str, unpatched: Result, results: Sequence[Resu
             f"{r.watch.share:.1%}" if r.watch is not None else "-",
             "[green]ok[/]" if r.passes else "[red]short[/]",
         )
+    console.print(table)
+    if len(results) > 1:
+        console.print(f"Layers: {results[-1].layers}. 'merging': illava's own share of the patched time.")
+    for note in subject.notes:
+        console.print(note)
+
+
+def show_all(console: Console, title: str, subjects: Sequence[Subject]) -> None:
+    table = Table(title=title)
+    table.add_column("family")
+    for column in ("reduction", "visual tokens", "bound", "measured (quartiles)", "share of the bound", ""):
+        table.add_column(column, justify="right")
+    for subject in subjects:
+        for r in subject.results:
+            low, high = r.quartiles
+            table.add_row(
+                subject.name,
+                f"{r.reduction:.1%}",
+                r.tokens,
+                f"{r.bound:.2f}x",
+                f"{r.speedup:.2f}x ({low:.2f} to {high:.2f})",
+                f"{r.share_of_bound:.2f}",
+                "[green]ok[/]" if r.faster else "[red]slower[/]",
+                end_section=r is subject.results[-1],
+            )
     console.print(table)
 
 
@@ -466,7 +451,7 @@ def show_profile(console: Console, result: Result) -> None:
     console.print(table)
 
 
-def write_csv(path: Path, options: argparse.Namespace, unpatched: Result, results: Sequence[Result]) -> None:
+def write_csv(path: Path, options: argparse.Namespace, subject: Subject) -> None:
     """Append one row per reduction."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists() or path.stat().st_size == 0
@@ -474,7 +459,7 @@ def write_csv(path: Path, options: argparse.Namespace, unpatched: Result, result
         writer = csv.DictWriter(file, COLUMNS)
         if fresh:
             writer.writeheader()
-        for r in results:
+        for r in subject.results:
             low, high = r.quartiles
             writer.writerow(
                 {
@@ -486,7 +471,8 @@ def write_csv(path: Path, options: argparse.Namespace, unpatched: Result, result
                     "threads": torch.get_num_threads(),
                     "dtype": options.dtype,
                     "attn": options.attn,
-                    "config": options.config_text,
+                    "family": subject.name,
+                    "config": subject.config,
                     "clock": options.clock,
                     "rounds": len(r.ratios),
                     "reduction": r.reduction,
@@ -497,7 +483,7 @@ def write_csv(path: Path, options: argparse.Namespace, unpatched: Result, result
                     "p25": f"{low:.4f}",
                     "p75": f"{high:.4f}",
                     "share_of_bound": f"{r.share_of_bound:.4f}",
-                    "time_unpatched_ms": f"{1e3 * statistics.median(unpatched.seconds):.1f}",
+                    "time_unpatched_ms": f"{1e3 * statistics.median(subject.unpatched.seconds):.1f}",
                     "time_patched_ms": f"{1e3 * statistics.median(r.seconds):.1f}",
                     "merge_share": f"{r.watch.share:.4f}" if r.watch is not None else "",
                 }
@@ -525,14 +511,16 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
+    add("--family", choices=(*FAMILIES, ALL), default=DEFAULT_FAMILY, help="whose small model, or all")
     add("--config", choices=CONFIGS, default="small", help="the model's shape")
-    add("--hidden", type=int, default=320, help="small: width of the encoder, a multiple of 80")
-    add("--depth", type=int, default=16, help="small: encoder blocks, a multiple of 4")
-    add("--llm-hidden", type=int, default=768, help="small: width of the language model, a multiple of 128")
-    add("--llm-layers", type=int, default=12, help="small: decoder layers")
-    add("--picture", type=int, default=896, help="pixels along a side, a multiple of 28")
+    default = "; if not given, the family's"
+    add("--hidden", type=int, help=f"small: width of the encoder, a multiple of its heads' channels{default}")
+    add("--depth", type=int, help=f"small: encoder blocks{default}")
+    add("--llm-hidden", type=int, help=f"small: width of the language model, a multiple as above{default}")
+    add("--llm-layers", type=int, help=f"small: decoder layers{default}")
+    add("--picture", type=_picture, help=f"pixels along a side, or height x width as 448x1344{default}")
     add("--text", type=int, default=32, help="text tokens")
-    add("--reduction", type=float, nargs="+", default=[0.667, 0.778, 0.889])
+    add("--reduction", "--reductions", type=float, nargs="+", help="default: 0.667 0.778 0.889; all: 0.889")
     add("--vit-layers", type=_layers, help="encoder blocks that merge, as 3,7; default: the family's")
     add("--llm-layers-merge", type=_layers, help="decoder layers that merge; default: the family's")
     add("--rounds", type=int, default=7)
@@ -544,22 +532,67 @@ def parse() -> argparse.Namespace:
     add("--csv", type=Path, help="where to append; if not given, benchmarks/results/prefill_<device>.csv")
     add("--profile", action="store_true", help="list illava's own functions by time")
     limits = f"below {SHARE_OF_BOUND} of a bound, or if reduction 0 costs over {COST_OF_NOTHING}"
-    add("--check", action="store_true", help=f"exit 1 {limits} of the unpatched time")
+    of_all = "; with --family all, if a family is not faster than unpatched"
+    add("--check", action="store_true", help=f"exit 1 {limits} of the unpatched time{of_all}")
     options = parser.parse_args()
-    if options.config == "small":
-        for name, step in (("hidden", 80), ("depth", 4), ("llm_hidden", 128)):
-            if getattr(options, name) % step:
-                parser.error(f"--{name.replace('_', '-')} must be a multiple of {step}")
-    if options.picture % (PATCH * UNIT):
-        parser.error(f"--picture must be a multiple of {PATCH * UNIT}")
+    _settle(options, parser)
+    return options
+
+
+def _picture(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    return int(height), int(width or height)
+
+
+def _settle(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Defaults that depend on other options, and combinations that cannot be."""
+    every = options.family == ALL
+    if options.config != "small" and options.family != DEFAULT_FAMILY:
+        parser.error(f"--config {options.config} is a model of --family {DEFAULT_FAMILY}")
+    options.families = FAMILIES if every else {options.family: FAMILIES[options.family]}
+    if options.config != "small":
+        options.families = {DEFAULT_FAMILY: QWEN2_5_VL_7B}
+    absent = [name for name, family in options.families.items() if not family.exists]
+    if absent and not every:
+        parser.error(f"transformers {transformers.__version__} has no {absent[0]}")
+    options.absent = absent
+    options.families = {name: family for name, family in options.families.items() if family.exists}
+    sizes = ("hidden", "depth", "llm_hidden", "llm_layers", "picture")
+    given = {name: value for name in sizes if (value := getattr(options, name)) is not None}
+    merging = options.vit_layers is not None or options.llm_layers_merge is not None
+    if every and (given or merging):
+        parser.error("sizes and layers are for one family, not for --family all")
+    if options.config != "small" and set(given) - {"picture"}:
+        parser.error(f"--config {options.config} has sizes of its own")
+    options.shapes = {
+        name: dataclasses.replace(family.shape, **given) for name, family in options.families.items()
+    }
+    for name, shape in options.shapes.items():
+        _check_shape(shape, options.families[name], parser)
+    if options.reduction is None:
+        options.reduction = [0.889] if every else [0.667, 0.778, 0.889]
     if options.clock == "cpu" and (options.threads != 1 or options.device != "cpu"):
         parser.error("--clock cpu counts waiting threads as work: it needs --threads 1 on the CPU")
     if options.csv is None:
         kind = options.device.split(":")[0]
         options.csv = DEFAULT_CSV.with_name(f"prefill_{kind}.csv")
-    shape = f" {options.hidden}x{options.depth}+{options.llm_hidden}x{options.llm_layers}"
-    options.config_text = options.config + (shape if options.config == "small" else "")
-    return options
+    if options.csv.exists() and options.csv.stat().st_size:
+        with options.csv.open(newline="") as file:
+            if tuple(next(csv.reader(file))) != COLUMNS:
+                parser.error(f"{options.csv} has other columns; name another file with --csv")
+
+
+def _check_shape(shape: Shape, family: Family, parser: argparse.ArgumentParser) -> None:
+    (head, llm_head), (pixels, blocks) = family.heads, family.steps
+    for name, value, step in (
+        ("--hidden", shape.hidden, head),
+        ("--depth", shape.depth, blocks),
+        ("--llm-hidden", shape.llm_hidden, llm_head),
+        ("--picture", shape.picture[0], pixels),
+        ("--picture", shape.picture[1], pixels),
+    ):
+        if value <= 0 or value % step:
+            parser.error(f"{name} must be a multiple of {step} in this family")
 
 
 def main() -> int:
@@ -567,40 +600,47 @@ def main() -> int:
     options = parse()
     console = Console(width=None if sys.stdout.isatty() else 130)
     torch.set_num_threads(options.threads)
-    dtype = getattr(torch, options.dtype)
-    model = build_model(CONFIGS[options.config](options), options.device, dtype, options.attn)
-    inputs = build_inputs(model, options.picture, options.text, options.device, dtype)
-    prefill = Prefill(model, inputs, options.clock)
+    if options.absent:
+        console.print(f"transformers {transformers.__version__} has no {', '.join(options.absent)}")
+    subjects = []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
-        unpatched, results = measure(prefill, options, progress)
+        overall = progress.add_task("families", total=len(options.families), visible=options.family == ALL)
+        for name, family in options.families.items():
+            subjects.append(run(name, family, options, progress))
+            write_csv(options.csv, options, subjects[-1])
+            progress.advance(overall)
 
-    title = (
-        f"Prefill, {options.config_text}, {options.dtype}, {options.attn}, {device_name(options.device)}"
-        + (f", {options.threads} threads" if options.device == "cpu" else "")
-        + f", {options.rounds} rounds"
-    )
-    show(console, title, unpatched, results)
-    merged = results[1:]
-    if merged:
-        console.print(f"Layers: {merged[-1].layers}. 'merging': illava's own share of the patched time.")
-        text = inputs["input_ids"].shape[1] - results[0].final_tokens
-        rows = [results[0].final_tokens + text, *(r.final_tokens + text for r in merged)]
-        decoder, encoder = model.model.language_model.layers[0].mlp, model.model.visual.blocks[0].mlp
-        console.print(efficiency(prefill, "a decoder feed-forward network", decoder, rows))
-        rows = [4 * results[0].final_tokens, *(4 * r.encoder_tokens for r in merged)]
-        console.print(efficiency(prefill, "an encoder feed-forward network", encoder, rows))
+    setting = f"{options.dtype}, {options.attn}, {device_name(options.device)}"
+    setting += f", {options.threads} threads" if options.device == "cpu" else ""
+    setting += f", {options.rounds} rounds"
+    if options.family == ALL:
+        show_all(console, f"Prefill, small models, {setting}", subjects)
+    else:
+        show_one(console, setting, subjects[0])
     if options.profile:
-        for result in merged:
-            show_profile(console, result)
-    write_csv(options.csv, options, unpatched, results)
+        for subject in subjects:
+            for result in subject.results[1:]:
+                console.print(subject.name)
+                show_profile(console, result)
     console.print(f"Appended to {options.csv}")
-    short = [r for r in results if not r.passes]
-    for r in short:
-        slower, share = f"{1 / r.speedup - 1:.1%} slower", f"{r.share_of_bound:.3f} of the bound"
-        reason = slower if r.reduction == 0 else share
-        console.print(f"[red]reduction {r.reduction:.1%}: {reason}[/]")
+    short = verdict(subjects, options.family == ALL)
+    for line in short:
+        console.print(f"[red]{line}[/]")
     return 1 if options.check and short else 0
+
+
+def verdict(subjects: Sequence[Subject], every: bool) -> list[str]:
+    """What falls short, in words."""
+    lines = []
+    for subject in subjects:
+        for r in subject.results:
+            if r.faster if every else r.passes:
+                continue
+            slower, share = f"{1 / r.speedup - 1:.1%} slower", f"{r.share_of_bound:.3f} of the bound"
+            reason = slower if every or r.reduction == 0 else share
+            lines.append(f"{subject.name}, reduction {r.reduction:.1%}: {reason}")
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,0 +1,112 @@
+"""One picture and a short prompt for the models of prefill_models.py, as tensors, without a processor."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+VISION_START, VISION_END, IMAGE, VIDEO, SLICE_START, SLICE_END, NEWLINE, FIRST_TEXT = range(8)
+TILE, PATCH = 448, 14  # of InternVL and MiniCPM-V
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture in the form that a family's processor gives.
+
+    Attributes:
+        ids: its placeholders, and the markers around them.
+        tokens: its visual tokens; placeholders for newline features are not counted.
+        tensors: its pixels and sizes, by the names of the model's arguments.
+    """
+
+    ids: Tensor
+    tokens: int
+    tensors: dict[str, Tensor]
+
+
+def build_inputs(
+    model: nn.Module, picture: Picture, text: int, device: str, dtype: torch.dtype
+) -> dict[str, Any]:
+    """A picture between `text` tokens of text."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(FIRST_TEXT, vocabulary, (text,), generator=generator)
+    ids = torch.cat([words[: text // 2], picture.ids, words[text // 2 :]])[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **picture.tensors}
+    if "mm_token_type_ids" in inspect.signature(type(model).forward).parameters:  # transformers 5.x
+        inputs["mm_token_type_ids"] = (ids == IMAGE).long()
+    return {k: x.to(device, dtype if x.is_floating_point() else x.dtype) for k, x in inputs.items()}
+
+
+def qwen_picture(config: Any, size: tuple[int, int], generator: torch.Generator) -> Picture:
+    """Patches flattened and packed, each twice for the two frames of a patch in time."""
+    vision = config.vision_config
+    height, width = (side // vision.patch_size for side in size)
+    channels = 3 * vision.temporal_patch_size * vision.patch_size**2
+    tokens = height * width // vision.spatial_merge_size**2
+    pixels = torch.randn(height * width, channels, generator=generator)
+    grid = torch.tensor([[1, height, width]])
+    return Picture(_marked(tokens), tokens, {"pixel_values": pixels, "image_grid_thw": grid})
+
+
+def internvl_picture(config: Any, size: tuple[int, int], generator: torch.Generator) -> Picture:
+    """Tiles, and a thumbnail of the whole where there are several."""
+    tiles = size[0] * size[1] // TILE**2
+    tiles += tiles > 1
+    pixels = torch.randn(tiles, 3, TILE, TILE, generator=generator)
+    tokens = tiles * config.image_seq_length
+    return Picture(_marked(tokens), tokens, {"pixel_values": pixels})
+
+
+def llava_picture(config: Any, size: tuple[int, int], generator: torch.Generator) -> Picture:
+    """A thumbnail and the tiles that fit best, features of their padding cropped, a newline per row.
+
+    Raises:
+        ValueError: a picture so large that the model would shrink its features.
+    """
+    from transformers.image_processing_utils import select_best_resolution
+    from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+    vision = config.vision_config
+    tile, side = vision.image_size, vision.image_size // vision.patch_size
+    rows, columns = (length // tile for length in select_best_resolution(size, config.image_grid_pinpoints))
+    if rows * columns > 9:
+        raise ValueError(f"a picture of {size} pixels takes {rows} x {columns} tiles; give one of at most 9")
+    _, height, width = unpad_image(torch.zeros(1, rows * side, columns * side), size).shape
+    tokens = side**2 + height * width
+    tensors = {
+        "pixel_values": torch.randn(1, rows * columns + 1, 3, tile, tile, generator=generator),
+        "image_sizes": torch.tensor([size]),
+    }
+    if config.model_type == "llava_onevision":
+        tensors["batch_num_images"] = torch.tensor([1])
+    return Picture(torch.full((tokens + height,), IMAGE), tokens, tensors)
+
+
+def minicpm_picture(config: Any, size: tuple[int, int], generator: torch.Generator) -> Picture:
+    """A thumbnail and, if the picture is larger than one tile, its slices, with a newline per row."""
+    del config
+    token = 4 * PATCH  # pixels along a side of what becomes one token
+    shrink = min(1.0, TILE / math.sqrt(size[0] * size[1]))
+    grids = [tuple(round(side * shrink / token) * 4 for side in size)]
+    ids = [_marked(grids[0][0] * grids[0][1] // 16)]
+    rows, columns = (side // TILE for side in size)
+    if rows * columns > 1:
+        grid = TILE // PATCH, TILE // PATCH
+        grids += [grid] * (rows * columns)
+        line = [_marked(grid[0] * grid[1] // 16, SLICE_START, SLICE_END)] * columns
+        for row in range(rows):
+            ids += line if row == 0 else [torch.tensor([NEWLINE]), *line]
+    patches = sum(height * width for height, width in grids)
+    pixels = torch.randn(1, 3, PATCH, PATCH * patches, generator=generator)
+    tensors = {"pixel_values": pixels, "target_sizes": torch.tensor(grids, dtype=torch.int32)}
+    return Picture(torch.cat(ids), patches // 16, tensors)
+
+
+def _marked(tokens: int, start: int = VISION_START, end: int = VISION_END) -> Tensor:
+    return torch.tensor([start, *[IMAGE] * tokens, end])
