@@ -2,7 +2,9 @@
 
 Counted are the matrix products: linear layers (2 per weight and token) and attention (4 per query,
 key and channel; half of the pairs under a causal mask). Windows are taken to lose tokens evenly.
-Merging itself, norms and activations are not counted.
+Merging itself, norms, activations, CLS tokens, a resampler, the router of experts, the products of
+linear attention and the attention inside a module that joins patches are not counted: together under
+1 % of a prefill, in models with linear attention under 4 %.
 """
 
 from __future__ import annotations
@@ -181,10 +183,17 @@ def _weights(module: nn.Module) -> int:
 
 
 def _expert_weights(layer: nn.Module, config: Any) -> int:
-    """Weights of the experts a token is sent to; transformers stacks all experts of a layer."""
+    """Weights of the experts a token meets; transformers stacks all experts of a layer.
+
+    In 5.x those it is sent to; before, a model that is not being trained ran all of them on all tokens.
+    """
     chosen = getattr(config, "num_experts_per_tok", None)
     if chosen is None:
         return 0
+    import transformers
+
+    if transformers.__version__.startswith("4.") and not layer.training:
+        chosen = config.num_experts
     stacks = (p for m in layer.modules() if not isinstance(m, nn.Conv1d) for p in m.parameters(recurse=False))
     return sum(p[0].numel() * chosen for p in stacks if p.ndim == 3)
 
