@@ -4,18 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from illava.errors import UnsupportedInputError
 
 
-def refuse_unserved(
-    attention_mask: Any, position_ids: Tensor | None, checkpointing: bool, batch: int
-) -> None:
+def refuse_checkpointing(module: nn.Module) -> None:
+    """Refuse a module that would run again for its gradients.
+
+    Raises:
+        UnsupportedInputError: it trains with gradient checkpointing.
+    """
+    if module.training and any(getattr(m, "gradient_checkpointing", False) for m in module.modules()):
+        raise UnsupportedInputError(
+            "gradient checkpointing recomputes layers after the call is over, when what was merged is "
+            f"forgotten; call gradient_checkpointing_disable() on the model's {type(module).__name__} "
+            "while it is patched"
+        )
+
+
+def refuse_unserved(attention_mask: Any, position_ids: Tensor | None, batch: int) -> None:
     """Say which arguments of a call merging cannot serve, before anything runs.
 
     Raises:
-        UnsupportedInputError: a mask that is not 2-D, packed sequences, gradient checkpointing.
+        UnsupportedInputError: a mask that is not 2-D, or packed sequences.
     """
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
         shape = (
@@ -26,11 +38,6 @@ def refuse_unserved(
         raise UnsupportedInputError(
             f"attention_mask of {shape}: a ready-made mask of the caller's length fits no layer after a "
             "merge; pass the tokenizer's 2-D mask of 0 and 1, from which illava makes each layer's own"
-        )
-    if checkpointing:
-        raise UnsupportedInputError(
-            "gradient checkpointing recomputes layers after the call is over, when what was merged is "
-            "forgotten; call model.gradient_checkpointing_disable() while the model is patched"
         )
     if attention_mask is None and batch == 1 and position_ids is not None and position_ids.ndim == 3:
         text = position_ids[0, 0]

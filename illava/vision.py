@@ -216,16 +216,13 @@ class VisionCall:
         return windows.flatten(0, 1)[order]
 
     def full_grid(self, x: Tensor, stage: Stage) -> Tensor:
-        """Put a stage's tokens back at the full length; those merged away are -inf.
-
-        No encoder writes -inf in every feature of a token, so the mark travels with the features
-        through whatever the caller does with them: stacking, slicing, repeating for beams.
+        """Put a stage's tokens back at the full length; those merged away hold `dead_rows`.
 
         Args:
             x: `[N, d]` or `[rows, width, d]`.
         """
         rows = stage.pack(x) if x.ndim == 3 else x  # [N, d]
-        full = rows.new_full((stage.layout.total_tokens, rows.shape[1]), float("-inf"))
+        full = rows.new_full((stage.layout.total_tokens, rows.shape[1]), self.seams.dead_rows)
         full = full.index_copy(0, stage.tokens.to(rows.device), rows)
         if x.ndim == 2:
             return full

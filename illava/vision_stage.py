@@ -46,7 +46,9 @@ class Stage:
 
     @property
     def width(self) -> int:
-        """Tokens per row, where frames are rows."""
+        """Tokens per row, where frames are rows: at first the caller's own, then the longest's."""
+        if self.first_block == 0 and self.layout.row_tokens is not None:
+            return self.layout.row_tokens
         return max(self.frame_tokens)
 
     def pack(self, x: Tensor) -> Tensor:

@@ -219,7 +219,7 @@ def test_a_missing_part_is_named_with_the_version(own, path):
     before = trace(own)
     with pytest.raises(illava.SeamError) as caught:
         illava.patch(own)
-    for word in (repr(path), transformers.__version__, "illava needs it", "4.57.6 or 5.23"):
+    for word in (repr(path), transformers.__version__, "illava needs it", "version of transformers"):
         assert word in str(caught.value)
     assert trace(own) == before
 

@@ -1,7 +1,7 @@
 """illava's own code never waits for a device.
 
-Tensors that claim to live on a CUDA device but hold no data stand in for real ones: reading a value from them,
-which on a GPU would wait for it, fails here. Copies to the device must not block either.
+Tensors that claim to live on a CUDA device but hold no data stand in for real ones: reading a value of
+them, which on a GPU would wait for it, fails here. Copies to the device must not block either.
 """
 
 import pytest
@@ -58,6 +58,7 @@ def test_selecting_and_blending(device, rule):
 
 class Parts:
     full_attention_blocks = frozenset(range(4))
+    dead_rows = float("-inf")
 
 
 LAYOUTS = {

@@ -1,10 +1,10 @@
-"""InternVL 2.5 by its published code (`InternVLChatModel`). Run on transformers 4.57.6.
+"""InternVL 2.5 by its published code (`InternVLChatModel`). Run on transformers 4.57.6 and 5.23.
 
 Recognised by its class; illava never asks for `trust_remote_code`. Tower, merge unit, pictures and
 default layers are those of `illava.families.internvl`. Its attention is its own: queries and keys are
 read off its modules, and in merging blocks S_avg is a pass of its own. `generate` (and `chat`) builds
 embeddings and hands them to the language model's `generate`, so which of them are visual is told
-there.
+there. On 5.x the published classes cannot be loaded by `from_pretrained`; `from_config` works.
 
 The language model must be transformers' own (Qwen2, Llama). With InternLM2 as published, which has no
 `generate` in the versions of transformers illava runs on, convert the checkpoint to
@@ -13,7 +13,9 @@ The language model must be transformers' own (Qwen2, Llama). With InternLM2 as p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -64,8 +66,8 @@ def find_seams(model: nn.Module) -> Seams:
             Projector(
                 part(model, "mlp1", "to put survivors back on the full grid"),
                 len(blocks) - 1,
-                squeeze=_squeeze,
-                spread=spread_tiles,
+                squeeze=partial(_squeeze, model),
+                spread=partial(_spread, model),
             ),
         ),
         language_model=language,
@@ -120,5 +122,17 @@ def _queries_keys(attention: Any, seen: Mapping[str, Tensor]) -> tuple[Tensor, T
     return q.unflatten(-1, heads), k.unflatten(-1, heads), attention.scale
 
 
-def _squeeze(call: dict[str, Any], alive: Survivors) -> dict[str, Any]:
-    return call | {"input": alive.squeeze(call["input"])}
+def _squeeze(model: Any, call: dict[str, Any], alive: Survivors) -> dict[str, Any]:
+    return call | {"input": alive.squeeze(_shuffled(model, call["input"]))}
+
+
+def _spread(model: Any, output: Tensor, alive: Survivors) -> Tensor:
+    return _shuffled(model, spread_tiles(output, alive))
+
+
+def _shuffled(model: Any, units: Tensor) -> Tensor:
+    """`[tiles, units, d]`: the pixel shuffle of oldest checkpoints leaves units column by column."""
+    if model.ps_version != "v1":
+        return units
+    side = math.isqrt(units.shape[1])
+    return units.unflatten(1, (side, side)).transpose(1, 2).flatten(1, 2)

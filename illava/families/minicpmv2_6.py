@@ -1,4 +1,4 @@
-"""MiniCPM-V 2.6 by its published code (`MiniCPMV`). Run on transformers 4.57.6.
+"""MiniCPM-V 2.6 by its published code (`MiniCPMV`). Run on transformers 4.57.6 and 5.23.
 
 Recognised by its class; illava never asks for `trust_remote_code`. Encoder: slices as rows of one
 padded batch, with a mask; a merge unit is one patch. Its attention is its own: queries and keys are
@@ -16,12 +16,14 @@ Default layers: the paper's 5, 9, 13 of 32 and 2, 8, 14 of 28, at the same relat
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from illava.errors import SeamError
 from illava.families import visual
 from illava.families.layout import Layout, Survivors
 from illava.families.parts import part
@@ -47,6 +49,11 @@ def find_seams(model: nn.Module) -> Seams:
     layers = tuple(part(language, "layers", "to merge after decoder layers"))
     part(layers[0], "self_attn", "for the attention that visual tokens receive")
     part(model, "get_vllm_embedding", "to know where pictures stand in the prompt")
+    if "tgt_sizes" not in inspect.signature(type(tower).forward).parameters:
+        raise SeamError(
+            f"the vision encoder {type(tower).__name__} is not told the sizes of its slices, as in MiniCPM-V "
+            "2.5; illava could not tell pictures from padding. Use MiniCPM-V 2.6 or newer"
+        )
     reads = part(model, "resampler.attn", "to hand the survivors to the resampler's queries")
     return Seams(
         model=model,
@@ -61,6 +68,7 @@ def find_seams(model: nn.Module) -> Seams:
         layers=layers,
         layer_attention="self_attn",
         merge_size=1,
+        dead_rows=0.0,  # the resampler norms and projects them before they are left out
         full_attention_blocks=frozenset(range(len(blocks))),
         vit_default=scale_layers(*VIT_PAPER, len(blocks)),
         llm_default=scale_layers(*LLM_PAPER, len(layers)),

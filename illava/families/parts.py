@@ -28,9 +28,14 @@ def part(root: nn.Module, path: str, why: str, *alternatives: str) -> Any:
 
     raise SeamError(
         f"{type(root).__name__} has no {path!r} in transformers {transformers.__version__}; illava needs "
-        f"it {why}. Install a version it was run on (4.57.6 or 5.23), or report this at the project's "
-        "issue tracker."
+        f"it {why}. Use a version of {_home(root)} it was run on (see the README's table), or report this "
+        "at the project's issue tracker."
     )
+
+
+def _home(root: nn.Module) -> str:
+    """Where a model's code comes from."""
+    return "transformers" if type(root).__module__.startswith("transformers.") else "the model's code"
 
 
 def core_of(model: nn.Module) -> nn.Module:

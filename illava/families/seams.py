@@ -90,6 +90,9 @@ class Seams:
             windows of `window_patches` patches.
         vit_default, llm_default: the family's default merging layers.
         scoring_layers: decoder layers with softmax attention, which alone can tell importance.
+        dead_rows: what rows merged away hold where the encoder's output is full again: -inf, which no
+            encoder writes, so that the mark travels with features through whatever is done to them; 0
+            where nobody reads it and -inf would do harm.
         unread_blocks: further blocks of the tower that run though nobody reads their output.
         regrid: a module inside the encoder that joins patches.
         packing: names of the model's methods that crop, interpolate or pool features.
@@ -115,6 +118,7 @@ class Seams:
     scoring_layers: frozenset[int]
     window_patches: int = 0
     ffn_tail: tuple[str, ...] = ()
+    dead_rows: float = float("-inf")
     unread_blocks: int = 0
     regrid: Regrid | None = None
     packing: tuple[str, ...] = ()

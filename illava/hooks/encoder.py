@@ -12,8 +12,8 @@ from illava.families.layout import Survivors
 from illava.families.packing import pack_over_dead
 from illava.families.parts import arguments
 from illava.families.seams import Projector, Regrid
-from illava.hooks.state import State, checkpoints
-from illava.refusals import refuse_unserved
+from illava.hooks.state import State
+from illava.refusals import refuse_checkpointing
 from illava.vision import VisionCall
 
 
@@ -34,8 +34,8 @@ class EncoderHooks:
             module.config._attn_implementation,
             records=call_args.get("output_hidden_states") not in (None, False),
         )
-        if call.removes and checkpoints(self.seams.tower):
-            refuse_unserved(None, None, True, 0)
+        if call.removes:
+            refuse_checkpointing(module)
         self.state.vision.set(call)
 
     def enter_block(self, number: int, module: Any, args: Any, kwargs: Any) -> Any:

@@ -10,9 +10,9 @@ from torch import nn
 from illava import sequence
 from illava.errors import UnsupportedInputError
 from illava.families.parts import arguments
-from illava.hooks.state import State, checkpoints
+from illava.hooks.state import State
 from illava.language import LanguageCall
-from illava.refusals import refuse_unserved
+from illava.refusals import refuse_checkpointing, refuse_unserved
 from illava.report import build_report
 from illava.vision import is_dead
 
@@ -77,7 +77,8 @@ class LanguageHooks:
             return None
         sequence.check_cache(cache)
         positions = call_args.get("position_ids")
-        refuse_unserved(mask, positions if visual is not None else None, checkpoints(module), embeds.shape[0])
+        refuse_checkpointing(module)
+        refuse_unserved(mask, positions if visual is not None else None, embeds.shape[0])
         if positions is None:
             positions = torch.arange(past, past + call.length, device=embeds.device).expand(
                 embeds.shape[0], -1

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from illava.families.seams import Seams
 from illava.families.visual import VisualInput
@@ -101,8 +101,3 @@ class State:
             return None
         self.encoded.set(encoded)
         return visual
-
-
-def checkpoints(module: nn.Module) -> bool:
-    """Whether a forward pass would be run again for its gradients."""
-    return module.training and any(getattr(m, "gradient_checkpointing", False) for m in module.modules())
