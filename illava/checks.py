@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
 
-from illava.errors import AlreadyPatchedError, SeamError, UnsupportedModelError
+from illava.errors import AlreadyPatchedError, PlanError, SeamError, UnsupportedModelError
 from illava.families.seams import Seams
 
 
@@ -53,6 +54,23 @@ def check_untouched(seams: Seams) -> None:
                 f"the {place} ({type(module).__name__}) runs code of {source!r} in place of its own; two "
                 "tools cannot shorten the same tokens. Undo the other one, or load the model afresh"
             )
+
+
+def check_spans(seams: Seams) -> None:
+    """Whether the encoder's attention has spans that could be run together.
+
+    Raises:
+        PlanError: it takes pictures as rows of a batch, or attends with flash attention already.
+    """
+    attention = getattr(seams.blocks[0], seams.block_attention)
+    implementation = seams.tower.config._attn_implementation
+    packed = "cu_seqlens" in inspect.signature(type(attention).forward).parameters
+    if not packed or implementation.startswith("flash"):
+        how = f"attends with {implementation!r}" if packed else "takes pictures as rows of one batch"
+        raise PlanError(
+            f"fast_windows=True: the vision encoder {type(seams.tower).__name__} {how}, which runs all of "
+            "them in one call already; leave fast_windows out"
+        )
 
 
 def check_attention(seams: Seams) -> None:

@@ -26,7 +26,9 @@ from illava.schedule import ModelPlan, resolve
 HANDLE_ATTRIBUTE = "_illava_handle"
 
 
-def patch(model: nn.Module, *, plan: Plan | None = None, **settings: Any) -> Handle:
+def patch(
+    model: nn.Module, *, plan: Plan | None = None, fast_windows: bool = False, **settings: Any
+) -> Handle:
     """Make a vision-language model merge redundant visual tokens, from the next call on.
 
     Only this instance is touched; text-only calls and later decoding run as before. Patching a
@@ -37,6 +39,9 @@ def patch(model: nn.Module, *, plan: Plan | None = None, **settings: Any) -> Han
         model: a Hugging Face `...ForConditionalGeneration` or bare `...Model` of a supported family,
             also wrapped by PEFT, `torch.compile` or (Distributed)DataParallel.
         plan: a ready-made `illava.Plan`, for example `illava.Plan.paper(0.778)`.
+        fast_windows: run each encoder block's attention over all windows, frames and pictures in one
+            call, merging or not. Hugging Face's SDPA and eager attention loop over them one by one;
+            results differ by rounding.
         **settings: the fields of `illava.Plan`, instead of `plan`: `vit_layers`, `llm_layers`,
             `reduction` (2/3), `encoder_share` (0.4), `recycled` (0.05), `members` (5), `score`,
             `merge`, `queries`, `window_score`, and the other two budgets `vit_keep_ratio` with
@@ -47,7 +52,8 @@ def patch(model: nn.Module, *, plan: Plan | None = None, **settings: Any) -> Han
 
     Raises:
         UnsupportedModelError: not a model of a supported family.
-        PlanError: a plan this model cannot carry out.
+        PlanError: a plan this model cannot carry out, or `fast_windows` where there is nothing to run
+            together.
         SeamError: this version of transformers lacks a part illava needs.
         AlreadyPatchedError: another tool has replaced code at one of those parts.
         TypeError: a setting that does not exist, or both `plan` and settings.
@@ -71,9 +77,11 @@ def patch(model: nn.Module, *, plan: Plan | None = None, **settings: Any) -> Han
     previous = getattr(seams.model, HANDLE_ATTRIBUTE, None)
     checks.check_untouched(seams)
     checks.check_attention(seams)
+    if fast_windows:
+        checks.check_spans(seams)
     if previous is not None:
         previous.remove()
-    return Handle(resolved, seams, family)
+    return Handle(resolved, seams, family, fast_windows)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -93,10 +101,10 @@ class Handle:
             of given sizes, layer by layer.
     """
 
-    def __init__(self, plan: ModelPlan, seams: Seams, family: Any) -> None:
+    def __init__(self, plan: ModelPlan, seams: Seams, family: Any, fast_windows: bool) -> None:
         self.plan = plan
         self._seams = seams
-        self._state = State(plan, seams, family)
+        self._state = State(plan, seams, family, fast_windows)
         self._undo: list[Callable[[], None]] = []
         setattr(seams.model, HANDLE_ATTRIBUTE, self)
         try:
@@ -138,7 +146,7 @@ class Handle:
     def _install(self) -> None:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        if self.plan.removes_nothing:
+        if self.plan.removes_nothing and not self._state.fast_windows:
             return
         torch.compiler.reset()  # code compiled before the hooks were there would not call them
         seams, encoder, language = self._seams, EncoderHooks(self._state), LanguageHooks(self._state)
@@ -149,10 +157,13 @@ class Handle:
             for seam in seams.projectors:
                 self._before(seam.module, partial(encoder.enter_projector, seam))
                 self._after(seam.module, lambda m, a, k, out, seam=seam: encoder.leave_projector(seam, out))
-            for number in range(self.plan.vit_layers[0], len(seams.blocks)):
-                self._hook_block(number, encoder)
             if seams.regrid is not None:
                 self._before(seams.regrid.module, partial(encoder.enter_regrid, seams.regrid))
+        first = 0 if self._state.fast_windows else min(self.plan.vit_layers, default=len(seams.blocks))
+        for number in range(first, len(seams.blocks)):
+            self._hook_block(number, encoder)
+        if self.plan.removes_nothing:
+            return
         for name in seams.packing:
             self._wrap_method(seams.model, name, encoder.pack)
         for module, name, wrapper in getattr(self._state.family, "joining_methods", lambda state: ())(
@@ -169,7 +180,7 @@ class Handle:
     def _hook_block(self, number: int, hooks: EncoderHooks) -> None:
         seams, block = self._seams, self._seams.blocks[number]
         self._before(block, partial(hooks.enter_block, number))
-        if number not in self.plan.vit_layers:
+        if number not in self.plan.vit_layers and not self._state.fast_windows:
             return
         attends = getattr(block, seams.block_attention)
         if seams.block_observed is None:
@@ -181,6 +192,8 @@ class Handle:
                     self._after(getattr(attends, name), lambda m, a, k, out, observe=observe: observe(out))
         self._before(attends, lambda m, a, k: hooks.enter_block_attention(number, a, k))
         self._after(attends, lambda m, a, k, out: hooks.leave_block_attention(m))
+        if number not in self.plan.vit_layers:
+            return
         self._before(getattr(block, seams.block_norm), lambda m, a, k: hooks.merge_block(number, a, k))
         self._after(getattr(block, seams.block_ffn), lambda m, a, k, out: hooks.leave_ffn(number, out))
         self._after(block, lambda m, a, k, out: hooks.leave_block(number, out))

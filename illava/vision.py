@@ -18,6 +18,7 @@ from illava import merge
 from illava.attention import (
     Spans,
     choose_backend,
+    span_attention,
     varlen_attention,
     varlen_attention_received,
     varlen_log_sum_exp,
@@ -110,20 +111,22 @@ class VisionCall:
 
     def begin_attention(self, block: int, cu_seqlens: Tensor | None) -> None:
         """Announce that `block`'s attention runs next; it is handed all its spans at once."""
+        stage = self.stage(block)
         if cu_seqlens is None or block in self.seams.full_attention_blocks:
-            stage = self.stage(block)
-            self._spans = Spans.from_lengths(stage.frame_tokens, stage.tokens.device)
-        else:
-            self._spans = Spans.from_cu_seqlens(cu_seqlens)
+            cu_seqlens = None
+        self._spans = stage.spans(cu_seqlens)
         self.attending = block
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Attention of a merging block, `[rows, width, H, D]` in and out; decides its merge on the way."""
+        """A block's attention, `[rows, width, H, D]` in and out; decides its merge on the way."""
         block, spans = self.attending, self._spans
         if block is None or spans is None:
             raise RuntimeError("attend() without begin_attention()")
         stage = self.stage(block)
         q, k, v = stage.pack(q), stage.pack(k), stage.pack(v)  # [N, H, D]
+        if not self.merges_at(block):
+            eager = self.implementation == "eager"
+            return stage.unpack(span_attention(q, k, v, spans, scale=scale, eager=eager))
         self.backend = choose_backend(self.implementation, q.device, q.dtype)
         out, lse = varlen_attention(q, k, v, spans, scale=scale, backend=self.backend)
         with torch.no_grad():

@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from illava.attention import Spans
 from illava.families.layout import Layout, Survivors, row_places
 from illava.transfer import on
 
@@ -38,6 +39,7 @@ class Stage:
     frame_counts: tuple[int, ...]
     regrids: bool = False
     _memo: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _spans: dict[int | None, tuple[Tensor | None, Spans]] = field(default_factory=dict)
 
     @property
     def frame_tokens(self) -> tuple[int, ...]:
@@ -107,6 +109,18 @@ class Stage:
 
         return self._once(cu_seqlens, count)
 
+    def spans(self, cu_seqlens: Tensor | None) -> Spans:
+        """What this stage's tokens attend within: spans of these boundaries, `None` for whole frames."""
+        key = None if cu_seqlens is None else id(cu_seqlens)
+        if key not in self._spans:
+            made = (
+                Spans.from_lengths(self.frame_tokens, self.tokens.device)
+                if cu_seqlens is None
+                else Spans.from_cu_seqlens(cu_seqlens)
+            )
+            self._spans[key] = (cu_seqlens, made)  # holding the source keeps its id its own
+        return self._spans[key][1]
+
     def _once(self, source: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """Every block is handed the same few tensors; each is shortened once per stage."""
         if id(source) not in self._memo:
@@ -116,6 +130,7 @@ class Stage:
     def forget(self) -> None:
         """Let go of what was shortened for this call."""
         self._memo.clear()
+        self._spans.clear()
 
     def survivors(self) -> Survivors:
         return Survivors(self.layout, self.units, self.tokens, self.members, self.frame_counts)

@@ -10,12 +10,14 @@ from illava.attention.flash import (
     varlen_attention_received,
     varlen_log_sum_exp,
 )
+from illava.attention.output import span_attention
 from illava.attention.spans import Spans
 
 __all__ = [
     "BACKENDS",
     "Spans",
     "choose_backend",
+    "span_attention",
     "varlen_attention",
     "varlen_attention_received",
     "varlen_log_sum_exp",

@@ -43,7 +43,7 @@ def choose_backend(implementation: str, device: torch.device, dtype: torch.dtype
         return "blocks"
     if device.type == "cpu" and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
         return "torch_cpu"
-    if device.type == "cuda" and half and _has_varlen():
+    if device.type == "cuda" and half and has_varlen():
         return "torch_varlen"
     return "blocks"
 
@@ -119,7 +119,7 @@ def varlen_log_sum_exp(q: Tensor, k: Tensor, spans: Spans, *, scale: float) -> T
     return lse
 
 
-def _has_varlen() -> bool:
+def has_varlen() -> bool:
     """torch's varlen attention, and its option to return the log-sum-exp (torch 2.10)."""
     if find_spec("torch.nn.attention.varlen") is None:
         return False

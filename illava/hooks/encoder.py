@@ -56,7 +56,7 @@ class EncoderHooks:
 
     def enter_block_attention(self, number: int, args: Any, kwargs: Any) -> Any:
         call = self.state.vision.get()
-        if call is None or not call.merges_at(number):
+        if call is None or not (call.merges_at(number) or self.state.fast_windows):
             return None
         spans = kwargs.get("cu_seqlens")
         call.begin_attention(number, spans)

@@ -30,6 +30,7 @@ class State:
     """One patched model's plan and parts, and a value per thread and task for what is under way.
 
     Attributes:
+        fast_windows: whether every encoder block attends within all its spans in one call.
         number: tells one handle's merges from another's in a cache.
         last: the report of the last call that brought pictures.
         vision: the encoder call under way.
@@ -40,8 +41,8 @@ class State:
         joining: whether a method of the model's own is joining pictures and text right now.
     """
 
-    def __init__(self, plan: ModelPlan, seams: Seams, family: Any) -> None:
-        self.plan, self.seams, self.family = plan, seams, family
+    def __init__(self, plan: ModelPlan, seams: Seams, family: Any, fast_windows: bool) -> None:
+        self.plan, self.seams, self.family, self.fast_windows = plan, seams, family, fast_windows
         self.shape = measure(seams)
         self.number = next(_NUMBERS)
         self.last: Report | None = None
