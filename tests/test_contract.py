@@ -3,11 +3,11 @@
 import copy
 
 import pytest
-import tiny
 import torch
 from transformers import TextStreamer
 
 import illava
+import tiny
 
 GENERATION = {
     "greedy": dict(do_sample=False),

@@ -3,11 +3,11 @@
 import threading
 
 import pytest
-import tiny
 import torch
 from transformers import DynamicCache
 
 import illava
+import tiny
 
 PLAN = dict(vit_layers=(0, 1), llm_layers=(0, 2), reduction=0.7, recycled=0.3)
 

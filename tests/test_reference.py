@@ -1,13 +1,13 @@
 """The package against an independent reference: same choices, same features, same logits."""
 
 import pytest
-import tiny
 import torch
-from references import qwen2_vl as reference
 
 import illava
+import tiny
 from illava.language import LanguageCall
 from illava.vision import VisionCall
+from references import qwen2_vl as reference
 
 LAYERS = dict(vit_layers=(0, 1, 2), llm_layers=(0, 2))
 PLANS = {

@@ -18,6 +18,7 @@ import functools
 import torch
 import transformers
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+
 from zoo.common import V5, WORDS, Image, tokenizer
 from zoo.llava import assemble, finish
 

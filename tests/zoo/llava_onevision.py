@@ -22,6 +22,7 @@ import functools
 import torch
 import transformers
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
 from zoo.common import V5, WORDS, Image, Video, tokenizer
 from zoo.llava import assemble, finish
 

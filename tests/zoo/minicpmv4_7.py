@@ -18,6 +18,7 @@ import functools
 import torch
 import transformers
 from transformers import MiniCPMV4_7Config, MiniCPMV4_7ForConditionalGeneration
+
 from zoo.minicpmv4_6 import (
     FOURFOLD,  # noqa: F401
     KINDS,  # noqa: F401

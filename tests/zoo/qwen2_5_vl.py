@@ -14,6 +14,7 @@ import functools
 
 import torch
 import transformers
+
 from zoo import qwen
 from zoo.qwen2_vl import KINDS, LLM_LAYERS, SIZES, VIT_LAYERS, config_parts, text_tokens  # noqa: F401
 

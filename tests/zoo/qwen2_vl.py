@@ -13,6 +13,7 @@ import functools
 
 import torch
 import transformers
+
 from zoo import qwen
 from zoo.common import Image, Video
 

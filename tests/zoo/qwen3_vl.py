@@ -16,6 +16,7 @@ import functools
 
 import torch
 import transformers
+
 from zoo import qwen
 from zoo.common import V5, Image, Video
 
