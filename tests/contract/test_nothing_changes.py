@@ -4,8 +4,9 @@ import functools
 
 import pytest
 import torch
-from contract import tools
 from transformers import TextStreamer
+
+from contract import tools
 
 GENERATION = {
     "greedy": dict(do_sample=False),
@@ -14,12 +15,9 @@ GENERATION = {
     "several answers": dict(do_sample=True, num_return_sequences=3),
     "beams, several answers": dict(do_sample=False, num_beams=3, num_return_sequences=2),
 }
-STATES = [*tools.NOTHING, "removed", "removed after failing in a decoder layer", "removed after failing in a block"]
-TYPES = [
-    (attention, dtype)
-    for attention in ("sdpa", "eager")
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)
-]
+FAILURES = ["removed after failing in a decoder layer", "removed after failing in a block"]
+STATES = [*tools.NOTHING, "removed", *FAILURES]
+without_failures = pytest.mark.parametrize("change", [*tools.NOTHING, "removed"], indirect=True)
 
 
 @pytest.fixture(params=STATES)
@@ -55,7 +53,9 @@ def logits_and_states(family, kind, side):
 
 @functools.cache
 def answer(family, kind, how, side="left"):
-    return tools.generate(tools.build(family), tools.prompt_of(family, kind, side=side), **GENERATION[how])
+    model = tools.build(family)
+    inputs = tools.beams_of(family) if kind == "beams" else tools.prompt_of(family, kind, side=side)
+    return tools.generate(model, inputs, **GENERATION[how])
 
 
 def equal(expected, out):
@@ -92,15 +92,18 @@ def test_answers(family, kind, change):
     assert torch.equal(expected, tools.generate(model, inputs, **GENERATION["greedy"]))
 
 
+@pytest.mark.capability("beams")
 @pytest.mark.parametrize("how", [how for how in GENERATION if how != "greedy"])
+@without_failures
 @tools.each_family
 def test_answers_by(how, family, change):
-    model, inputs = tools.build(family), tools.prompt_of(family, "batch")
-    expected = answer(family, "batch", how)
+    model, inputs = tools.build(family), tools.beams_of(family)
+    expected = answer(family, "beams", how)
     change(model, family)
     assert torch.equal(expected, tools.generate(model, inputs, **GENERATION[how]))
 
 
+@without_failures
 @tools.each_family
 def test_answers_of_a_batch_padded_on_the_right(family, change):
     """Hugging Face warns and goes on from the padding; so be it."""
@@ -121,6 +124,7 @@ class Silent(TextStreamer):
         pass
 
 
+@without_failures
 @tools.each_family
 def test_streaming(family, change):
     model, inputs = tools.build(family), tools.prompt_of(family, "one picture")
@@ -130,16 +134,22 @@ def test_streaming(family, change):
     assert streamer.ids == answer(family, "one picture", "greedy").flatten().tolist()
 
 
-@pytest.mark.parametrize(("attention", "dtype"), TYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @tools.each_family
-def test_types_and_attention(family, attention, dtype, change):
+def test_types_and_attention(family, attention, dtype):
     model = tools.build(family, attention, dtype)
     inputs = tools.prompt_of(family, "batch", dtype=dtype)
     out = tools.forward(model, inputs, output_hidden_states=True)
-    change(model, family)
-    assert equal((out.logits, out.hidden_states), tools.forward(model, inputs, output_hidden_states=True))
+    expected = out.logits, out.hidden_states
+    with tools.patch(model, family, **tools.NOTHING["every merge idle"]):
+        assert equal(expected, tools.forward(model, inputs, output_hidden_states=True))
+    with tools.patch(model, family, **tools.DEEP):
+        assert not equal(expected, tools.forward(model, inputs, output_hidden_states=True))
+    assert equal(expected, tools.forward(model, inputs, output_hidden_states=True))
 
 
+@without_failures
 @tools.each_family
 def test_loss_and_gradients(family, change):
     model, inputs = tools.build(family), tools.prompt_of(family, tools.mixed(family))

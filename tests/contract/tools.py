@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-import zoo
 from torch import nn
-from zoo.common import Image, Video
 
 import illava
+import zoo
+from zoo.common import Image, Video
 
 LAYERS = {
     name: dict(vit_layers=family.VIT_LAYERS, llm_layers=family.LLM_LAYERS)
@@ -18,7 +18,10 @@ MAIN = dict(reduction=0.667)
 DEEP = dict(reduction=0.778, recycled=0.3, members=3)
 
 # Two ways to remove nothing: no merge at all, and merges that find nothing to remove in any picture.
-NOTHING = {"reduction 0": dict(reduction=0), "every merge idle": dict(vit_tokens_removed=0, llm_tokens_removed=0)}
+NOTHING = {
+    "reduction 0": dict(reduction=0),
+    "every merge idle": dict(vit_tokens_removed=0, llm_tokens_removed=0),
+}
 
 
 # Models and prompts ---------------------------------------------------------------------------------
@@ -48,13 +51,27 @@ def prompt_of(family: str, kind: str, **options) -> dict:
     return prompt(family, *zoo.FAMILIES[family].KINDS[kind], **options)
 
 
+def beams_of(family: str) -> dict:
+    return prompt(family, *zoo.FAMILIES[family].BEAMS)
+
+
 def pictures_of(rows) -> list:
     return [part for row in rows for part in row if isinstance(part, (Image, Video))]
 
 
 def patch(model, family: str, **settings) -> illava.Handle:
-    """Patch at the layers the zoo names."""
-    return illava.patch(model, **LAYERS[family], **settings)
+    """Patch, where nothing else is said at the layers that the zoo names."""
+    return illava.patch(model, **(LAYERS[family] | settings))
+
+
+def visual_places(model, inputs: dict) -> torch.Tensor:
+    """Where placeholders stand in a row: those of images, then those of videos."""
+    ids, places = inputs["input_ids"][0], []
+    for kind in ("image", "video"):
+        token = getattr(model.config, f"{kind}_token_id", None)
+        if token is not None:
+            places.append((ids == token).nonzero().flatten())
+    return torch.cat(places)
 
 
 def removed_by(plan) -> tuple:
@@ -117,10 +134,10 @@ def generate(model, inputs: dict, *, tokens: int = 6, **extra):
 
 def greedy(model, inputs: dict, *, tokens: int = 6, **extra) -> tuple:
     """Ids of the answer `[B, tokens]`, the logits they were chosen from, and the cache."""
-    out = generate(
-        model, inputs, tokens=tokens, do_sample=False, return_dict_in_generate=True, output_logits=True, **extra
-    )
-    return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, dim=1), out.past_key_values
+    extra |= dict(do_sample=False, return_dict_in_generate=True, output_logits=True)
+    out = generate(model, inputs, tokens=tokens, **extra)
+    answer = out.sequences[:, inputs["input_ids"].shape[1] :]
+    return answer, torch.stack(out.logits, dim=1), out.past_key_values
 
 
 def held(cache) -> list[int | None]:

@@ -1,8 +1,9 @@
 """Small models of every family, with random weights and their real processors, and their slow references.
 
-Each family is a module with `NAME`, `KINDS` (prompts by name: a list of rows, each a list of parts), the
-layers its tests merge at, and `build`, `processor`, `prompt` and `text_tokens`. What the unpatched family
-cannot do is in its docstring and, where a test of the contract would run into it, in `CANNOT`.
+Each family is a module with `NAME`, `KINDS` (prompts by name: a list of rows, each a list of parts), `BEAMS`
+(a batch for beams and several answers), the layers its tests merge at, and `build`, `processor`, `prompt` and
+`text_tokens`. What the unpatched family cannot do is in its docstring and, by capability (see
+`tests/conftest.py`), in `CANNOT` where it lacks all of it, in `LIMITS` where it lacks a part.
 """
 
 from __future__ import annotations

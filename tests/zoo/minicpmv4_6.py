@@ -63,6 +63,7 @@ KINDS = {
     "one picture, 4x": [[FOURFOLD, 3, Image(*PLAIN, seed=14), 5]],
     "several pictures, 4x": [[FOURFOLD, 2, Image(50, 60, seed=15), 3, Video(1, 60, 80, seed=16), 4]],
 }
+BEAMS = KINDS["batch"]
 VIT_LAYERS = (0, 2, 3)  # the merger inside the tower follows block 1
 LLM_LAYERS = (1, 3)  # 1 attends fully; 3 is linear and reads layer 1's queries and keys of what is left
 

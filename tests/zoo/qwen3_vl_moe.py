@@ -13,7 +13,9 @@ import transformers
 from zoo import qwen
 from zoo.common import V5
 from zoo.qwen3_vl import (  # noqa: F401
+    BEAMS,
     KINDS,
+    LIMITS,
     LLM_LAYERS,
     VIT_LAYERS,
     config_parts,
