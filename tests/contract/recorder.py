@@ -14,7 +14,7 @@ class Recorder:
     def __init__(self, monkeypatch) -> None:
         self.vision: list[tuple] = []  # number of the encoder call, block, kept and features of each frame
         self.language: list[tuple] = []  # layer, positions [n], features of each segment in prompt order
-        self._calls: list[VisionCall] = []
+        self.calls: list[VisionCall] = []
         see, read = VisionCall.merge, LanguageCall.merge
 
         def vision_merge(call, block, hidden):
@@ -31,9 +31,9 @@ class Recorder:
         monkeypatch.setattr(LanguageCall, "merge", language_merge)
 
     def _record_vision(self, call, block, out) -> None:
-        if not any(call is other for other in self._calls):
-            self._calls.append(call)
-        number = next(i for i, other in enumerate(self._calls) if other is call)
+        if not any(call is other for other in self.calls):
+            self.calls.append(call)
+        number = next(i for i, other in enumerate(self.calls) if other is call)
         stage = call.stages[-1]
         rows = stage.pack(out) if out.ndim == 3 else out
         units = rows[stage.members]  # [units kept, patches of a unit, D]
@@ -55,7 +55,7 @@ class Recorder:
         """Against the `Result` of a reference: who is kept, and what the kept have become."""
         # The encoder is called for the images, then for the videos, each kind in one call.
         sources = list(dict.fromkeys(m.source for m in expected.merges if m.stage == "vit"))
-        assert len(self._calls) == len(sources)
+        assert len(self.calls) == len(sources)
         found = {}
         for number, block, kept, features in self.vision:
             for frame, (numbers, rows) in enumerate(zip(kept, features, strict=True)):

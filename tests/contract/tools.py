@@ -161,11 +161,12 @@ def layers(model) -> nn.ModuleList:
     return model.model.language_model.layers
 
 
-def fail_inside(model, module: nn.Module, inputs: dict) -> None:
+def fail_inside(model, module: nn.Module, inputs: dict, *, restore: bool = True, **extra) -> None:
     """A call that ends with an exception inside `module`.
 
-    To record hidden states transformers 4.57 replaces `forward` of blocks and layers, and does not put it
-    back after an exception, patched or not. That is not what is tested here, so it is put back.
+    Args:
+        restore: to record hidden states transformers 4.57 replaces `forward` of blocks and layers, and does
+            not put it back after an exception, patched or not. Whether to do that here.
     """
 
     def fail(*_):
@@ -175,10 +176,10 @@ def fail_inside(model, module: nn.Module, inputs: dict) -> None:
     hook = module.register_forward_hook(fail)
     try:
         with pytest.raises(KeyError, match="test's own"):
-            forward(model, inputs)
+            forward(model, inputs, **extra)
     finally:
         hook.remove()
-        for part, before in own.items():
+        for part, before in own.items() if restore else ():
             part.__dict__.pop("forward", None)
             if before is not None:
                 part.__dict__["forward"] = before
@@ -192,7 +193,11 @@ def trace(model) -> dict:
         seen[name] = (
             type(module),
             sorted(module.__dict__),
-            {key: list(value.values()) for key, value in module.__dict__.items() if "hooks" in key and value},
+            {
+                key: list(value.values())
+                for key, value in module.__dict__.items()
+                if "hooks" in key and isinstance(value, dict) and value
+            },
             type(config),
             id(config),
             config.to_dict() if config is not None else None,
