@@ -92,9 +92,7 @@ def test_report_and_cache_of_a_batch(family):
                 model, tools.prompt(family, row, seeds=[number]), use_cache=True
             ).past_key_values
             kept = tools.held(cache)
-            longest = (
-                kept if longest is None else [n and max(n, m) for n, m in zip(kept, longest, strict=True)]
-            )
+            longest = [n and max(n, m) for n, m in zip(kept, longest or kept, strict=True)]
             if handle.report is not before:
                 records.append([(p.tokens, differences(p.layers)) for p in handle.report.pictures])
         inputs = tools.prompt_of(family, "batch")

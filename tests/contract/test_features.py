@@ -11,7 +11,9 @@ from illava.families.packing import pack_over_dead
 from references.llava import weights
 from zoo.common import V5
 
-needs_v5 = pytest.mark.skipif(not V5, reason="transformers 4.57 encodes pictures inside forward")
+needs_v5 = pytest.mark.skipif(
+    not V5, reason="take features for pixels: 4.57 encodes pictures inside `forward`"
+)
 
 
 def encode(model, inputs: dict) -> tuple[dict, dict]:

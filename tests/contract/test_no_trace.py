@@ -8,6 +8,8 @@ import torch
 import illava
 from contract import tools
 
+pytestmark = pytest.mark.capability("reversible")
+
 
 def warm(model, family):
     """Hugging Face puts its own recorders on a model when first asked for hidden states."""

@@ -8,6 +8,8 @@ from transformers import TextStreamer
 
 from contract import tools
 
+pytestmark = pytest.mark.capability("reversible")
+
 GENERATION = {
     "greedy": dict(do_sample=False),
     "sampling": dict(do_sample=True, temperature=1.5),

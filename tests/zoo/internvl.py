@@ -61,7 +61,7 @@ KINDS = {
 BEAMS, LIMITS = KINDS["batch"], {}
 if not V5:
     BEAMS = [[3, Image(100, 90, 9), 5], [9], [2, Image(80, 80, 10), 8]]
-    LIMITS = {"beams": "of more than one tile in a row: `generate` repeats them one by one"}
+    LIMITS = {"beams": "decode several tiles in a row with beams: `generate` repeats them one by one"}
 VIT_LAYERS, LLM_LAYERS = (0, 1, 2), (0, 2)
 
 

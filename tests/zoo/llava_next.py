@@ -42,11 +42,11 @@ KINDS = {
         [4, Image(40, 130, 7), 6],
     ],
 }
-CANNOT = {"video": "there is no token for videos"}
+CANNOT = {"video": "see videos: there is no token for them"}
 BEAMS, LIMITS = KINDS["batch"], {}
 if not V5:
     BEAMS = [[5, Image(96, 96, 4), 4], [9], [4, Image(40, 130, 7), 6]]
-    LIMITS = {"beams": "of more than one picture in a row: `generate` repeats them one by one"}
+    LIMITS = {"beams": "decode several pictures in a row with beams: `generate` repeats them one by one"}
 
 
 def build(*, seed=0, attention="sdpa", dtype=torch.float32, layers=4):

@@ -54,7 +54,7 @@ KINDS = {
 BEAMS, LIMITS = KINDS["batch"], {}
 if not V5:
     BEAMS = [[5, Image(120, 100, 13), 4], [9], [4, Video(3, 50, 80, 16), 2, Image(50, 120, 17), 6]]
-    LIMITS = {"beams": "of more than one picture or video in a row: `generate` repeats them one by one"}
+    LIMITS = {"beams": "decode several pictures in a row with beams: `generate` repeats them one by one"}
 
 
 def build(*, seed=0, attention="sdpa", dtype=torch.float32, layers=4):

@@ -39,7 +39,7 @@ KINDS = {
 }
 BEAMS, LIMITS = KINDS["batch"], {}
 if not V5:
-    BEAMS, LIMITS = BEAMS[:3], {"beams": "of videos: `generate` counts every frame as one"}
+    BEAMS, LIMITS = BEAMS[:3], {"beams": "decode videos with beams: `generate` counts each frame as one"}
 VIT_LAYERS, LLM_LAYERS = (0, 1, 2), (0, 2)
 
 
