@@ -21,3 +21,63 @@ def remote_code(tmp_path_factory):
 
     with folders(tmp_path_factory.mktemp("remote_code")) as folder_of:
         yield folder_of
+
+
+def pytest_addoption(parser):
+    parser.addoption("--support", metavar="FILE.csv", help="write what each family is capable of")
+
+
+def pytest_configure(config):
+    if config.getoption("--support"):
+        config.pluginmanager.register(Support(config.getoption("--support")))
+
+
+class Support:
+    """Gathers results by the test's parameter `family` and its marks `capability`, for a table of both."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.outcomes: dict[tuple[str, str], list[str]] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        report = yield
+        family = getattr(item, "callspec", None) and item.callspec.params.get("family")
+        if family is None or (report.passed and report.when != "call"):
+            return report
+        outcome = report.outcome
+        if report.skipped:
+            outcome = f"skipped: {report.longrepr[2].removeprefix('Skipped: ')}"
+        for mark in item.iter_markers("capability"):
+            self.outcomes.setdefault((family, mark.args[0]), []).append(outcome)
+        return report
+
+    def pytest_sessionfinish(self):
+        import csv
+
+        import support_table
+
+        import zoo
+
+        with open(self.path, "w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["family", *support_table.CAPABILITIES])
+            for family in [*zoo.FAMILIES, *zoo.ABSENT]:
+                cells = [self.cell(zoo, family, name) for name in support_table.CAPABILITIES]
+                writer.writerow([family, *cells])
+
+    def cell(self, zoo, family: str, capability: str) -> str:
+        """`passed`, `failed`, or why there is nothing to test."""
+        if family in zoo.ABSENT:
+            return zoo.ABSENT[family]
+        cannot = getattr(zoo.FAMILIES[family], "CANNOT", {}).get(capability)
+        limit = getattr(zoo.FAMILIES[family], "LIMITS", {}).get(capability)
+        outcomes = self.outcomes.get((family, capability), [])
+        ran = [outcome for outcome in outcomes if not outcome.startswith("skipped")]
+        if failed := ran.count("failed"):
+            return f"failed: {failed} of {len(ran)} tests"
+        if ran:
+            return f"passed; unpatched cannot: {limit}" if limit else "passed"
+        if outcomes:
+            return f"unpatched cannot: {outcomes[0].removeprefix('skipped: ')}"
+        return f"unpatched cannot: {cannot}" if cannot else "not run"

@@ -27,9 +27,9 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
-from zoo.common import V5, scale_weights
 
 import illava
+from zoo.common import V5, scale_weights
 
 VARIABLE = "ILLAVA_REMOTE_CODE"
 PATCH = 14

@@ -6,11 +6,11 @@ import sys
 import types
 
 import pytest
-import tiny
 import torch
 import transformers
 
 import illava
+import tiny
 from illava import checks
 from illava.families import family_of
 

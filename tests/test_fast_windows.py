@@ -1,11 +1,11 @@
 """All windows, frames and pictures of an encoder in one attention call."""
 
 import pytest
-import tiny
 import torch
-from zoo import internvl
 
 import illava
+import tiny
+from zoo import internvl
 
 FAMILIES = tiny.FAMILIES
 PLAN = dict(vit_layers=(0, 1), llm_layers=(0, 2), reduction=0.7, recycled=0.3)

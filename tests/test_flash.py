@@ -6,11 +6,11 @@ padding and positions that illava prepares for flash attention are checked on th
 """
 
 import pytest
-import tiny
 import torch
 from transformers import modeling_flash_attention_utils as hf
 
 import illava
+import tiny
 
 PLAN = dict(vit_layers=(0, 1), llm_layers=(0, 2), reduction=0.7, recycled=0.3)
 

@@ -1,10 +1,10 @@
 """Ways of handing in pictures that few use: features, embeddings, the language model alone."""
 
 import pytest
-import tiny
 import torch
 
 import illava
+import tiny
 
 PLAN = dict(vit_layers=(0, 1), llm_layers=(0, 2), reduction=0.7)
 PROMPT = [5, tiny.A, 7]

@@ -10,9 +10,9 @@ import pytest
 import remote_code as remote
 import torch
 import transformers
-from test_contract import trace
 
 import illava
+from contract.tools import trace
 
 TILE_TOKENS = 16
 LAYERS = dict(vit_layers=(0, 1, 2), llm_layers=(0, 2))

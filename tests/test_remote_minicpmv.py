@@ -5,13 +5,13 @@ import threading
 import pytest
 import remote_code as remote
 import torch
-from references import minicpmv2_6 as reference
 from remote_code import QUERIES
-from test_contract import trace
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionConfig, Idefics2VisionTransformer
-from zoo.common import Image
 
 import illava
+from contract.tools import trace
+from references import minicpmv2_6 as reference
+from zoo.common import Image
 
 LAYERS = dict(vit_layers=(0, 1, 2), llm_layers=(0, 2))
 PLANS = {

@@ -5,11 +5,11 @@ import math
 import re
 
 import pytest
-import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import illava
+import tiny
 from illava import vision as vision_module
 from illava.flops import Cost, Flops
 from illava.report import LayerRecord, PictureRecord

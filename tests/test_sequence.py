@@ -3,12 +3,12 @@
 import copy
 
 import pytest
-import tiny
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import illava
+import tiny
 from illava.sequence import (
     MergedLayer,
     attention_mask,

@@ -1,10 +1,10 @@
 """The wrappers people really hold: bare model, PEFT, torch.compile, accelerate, AutoModel folders."""
 
 import pytest
-import tiny
 import torch
 
 import illava
+import tiny
 
 PLAN = dict(vit_layers=(0, 1), llm_layers=(0, 2), reduction=0.7, recycled=0.3)
 INPUTS = ("one picture", "batch")

@@ -14,8 +14,8 @@ lies in one unit, so the merger sees the windows of the units alive and nothing 
 
 Language model. A segment is again one row of `target_sizes`. In layers of linear attention convolution and state run
 over the tokens alive. They have no attention to ask, so a merge after such a layer goes by the last full-attention
-layer up to it: that layer's rotated queries and keys, its probabilities among all tokens that were alive in it, of
-which the rows and columns of the tokens still alive are read (without renormalising). Affinities are softmaxes over
+layer up to it: that layer's rotated queries and keys, and the attention each token received in it from all that were
+alive then. Affinities are softmaxes over
 the targets present, as ever. A merge before the first full-attention layer has nothing to go by.
 
 Where HF's flow adds to FACTS.md (nothing there is wrong):
@@ -258,9 +258,7 @@ def read(model, input_ids, prompt_length, seen, positions, removed, options):
                 continue
             rows = [n for n, position in enumerate(held) if segment_of[position] == segment]
             places = [then.index(held[n]) for n in rows]  # the same tokens' rows in q and k
-            asking = asking_queries(held, segment_of, segment, prompt_length, options.queries)  # [S now]
-            asking = {position for position, asks in zip(held, asking.tolist()) if asks}
-            asking = torch.tensor([position in asking for position in then])  # [S then]
+            asking = asking_queries(then, segment_of, segment, prompt_length, options.queries)  # [S then]
             importance = importance_of(q, k, causal, causal & asking[:, None], options.score)
             kept, recycled, merged = merge_segment(
                 x[rows], q[:, places], k[:, places], importance[places], plan[layer], 1, options

@@ -23,34 +23,22 @@ from references.core import (
 
 
 @torch.no_grad()
-def forward(
-    model,
-    input_ids,
-    images,
-    videos,
-    position_ids,
-    vit_removed_images,
-    vit_removed_videos,
-    llm_removed,
-    **options,
-) -> Result:
+def forward(model, inputs, vit_removed, llm_removed, **options) -> Result:
     """Run prompt and pictures through the model, merging on the way.
 
     Args:
         model: `Qwen2VLForConditionalGeneration` or `Qwen2_5_VLForConditionalGeneration`, fp32.
-        input_ids: `[L]`, with one placeholder for each unit of each picture.
-        images, videos: lists of `(pixel_values [n_patches, dim], (t, h, w))`, in prompt order.
-        position_ids: `[3, L]`, time, height and width.
-        vit_removed_images, vit_removed_videos: encoder block -> units to remove from each frame, frames in
-            encoder order (all of the first picture, then the next).
-        llm_removed: decoder layer -> units to remove from each segment, in order of appearance in the prompt.
+        inputs: one unpadded row as the processor gives it.
+        vit_removed: units of a frame before any merge -> {encoder block: units to remove}.
+        llm_removed: visual tokens of a segment before any merge, and how many of them the encoder left alive
+            -> {decoder layer: tokens to remove}.
         options: see `Options`.
     """
     options = Options(**options)
-    removed = {"image": vit_removed_images, "video": vit_removed_videos}
-    seen, merges = see(model, {"image": images, "video": videos}, removed, options)
+    seen, merges = see(model, inputs, vit_removed, options)
+    input_ids = inputs["input_ids"][0]
     logits, read_merges, alive = read(
-        model, input_ids, len(input_ids), seen, position_ids, llm_removed, options
+        model, input_ids, len(input_ids), seen, positions_of(model, inputs), llm_removed, options
     )
     features = torch.cat(
         [picture for source in ("image", "video") for picture in seen[source]] or [torch.empty(0)]
@@ -58,74 +46,15 @@ def forward(
     return Result(logits, merges + read_merges, alive, features)
 
 
-def forward_inputs(model, inputs, vit_removed, llm_removed, **options) -> Result:
-    """`forward` for one unpadded row of inputs as the processor gives it, with rules for what is removed.
-
-    Args:
-        vit_removed: units of a frame before any merge -> {encoder block: units to remove}.
-        llm_removed: visual tokens of a segment before any merge, and how many of them the encoder left alive
-            -> {decoder layer: tokens to remove}.
-    """
-    side = model.config.vision_config.spatial_merge_size
-    pictures, of_frames, counts = {}, {}, {}
-    for source, pixels, grids in (
-        ("image", "pixel_values", "image_grid_thw"),
-        ("video", "pixel_values_videos", "video_grid_thw"),
-    ):
-        sizes = [tuple(grid) for grid in inputs[grids].tolist()] if grids in inputs else []
-        rows = inputs[pixels].split([t * h * w for t, h, w in sizes]) if sizes else []
-        pictures[source] = list(zip(rows, sizes))
-        of_frames[source], counts[source] = [], []
-        for t, h, w in sizes:
-            units = h * w // side**2
-            plan = vit_removed(units)
-            of_frames[source] += [plan] * t
-            counts[source].append((t * units, t * (units - sum(plan.values()))))
-
-    # Segments in order of appearance: the run of placeholders after each start marker.
-    ids = inputs["input_ids"]
-    placeholder = {model.config.image_token_id: "image", model.config.video_token_id: "video"}
-    starts = [token == model.config.vision_start_token_id for token in ids[0].tolist()]
-    shown = [placeholder[following] for start, following in zip(starts, ids[0].tolist()[1:]) if start]
-    left = {source: iter(counts[source]) for source in counts}
-    segments = [llm_removed(*next(left[source])) for source in shown]
-
-    known = {
-        name: inputs.get(name)
-        for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
-        if name in inputs or name.endswith("grid_thw")  # the others exist in some versions and families only
-    }
-    position_ids, _ = model.model.get_rope_index(ids, attention_mask=inputs["attention_mask"], **known)
-    return forward(
-        model,
-        ids[0],
-        pictures["image"],
-        pictures["video"],
-        position_ids[:, 0],
-        by_layer(of_frames["image"]),
-        by_layer(of_frames["video"]),
-        by_layer(segments),
-        **options,
-    )
-
-
-def by_layer(plans):
-    """From a {layer: removed} for each segment to one {layer: [removed of each segment]}."""
-    return {layer: [plan.get(layer, 0) for plan in plans] for layer in sorted(set().union(*plans))}
-
-
 @torch.no_grad()
-def generate(
-    model, input_ids, images, videos, position_ids, vit_removed_images, vit_removed_videos, llm_removed, *,
-    new_tokens, **options
-) -> list[int]:  # fmt: skip
+def generate(model, inputs, vit_removed, llm_removed, *, new_tokens, **options) -> list[int]:
     """Decode exactly `new_tokens` tokens greedily (no stopping token), running the whole sequence anew for each.
 
     Only prompt positions are ever scored, merged or asked for attention, so the merges are the prompt's own.
     """
     options = Options(**options)
-    removed = {"image": vit_removed_images, "video": vit_removed_videos}
-    seen, _ = see(model, {"image": images, "video": videos}, removed, options)
+    seen, _ = see(model, inputs, vit_removed, options)
+    input_ids, position_ids = inputs["input_ids"][0], positions_of(model, inputs)
     prompt_length = len(input_ids)
     for _ in range(new_tokens):
         logits, _, _ = read(model, input_ids, prompt_length, seen, position_ids, llm_removed, options)
@@ -135,22 +64,43 @@ def generate(
     return input_ids[prompt_length:].tolist()
 
 
+def positions_of(model, inputs):
+    """Time, height and width of every position of the prompt, `[3, L]`."""
+    names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
+    known = {
+        name: inputs.get(name)
+        for name in names
+        if name in inputs or name.endswith("grid_thw")  # the others exist in some versions and families only
+    }
+    mask = inputs["attention_mask"]
+    return model.model.get_rope_index(inputs["input_ids"], attention_mask=mask, **known)[0][:, 0]
+
+
 # ---------------------------------------------------------------- encoder
 
 
-def see(model, pictures, removed, options):
+def see(model, inputs, removed, options):
     """Encode the images in one call and the videos in another: features of each picture, and the merges."""
-    seen, merges = {}, []
-    for source in ("image", "video"):
-        seen[source] = []
-        if pictures[source]:
-            seen[source], new_merges = encode(model, pictures[source], removed[source], source, options)
+    seen, merges = {"image": [], "video": []}, []
+    for source, pixels, grids in (
+        ("image", "pixel_values", "image_grid_thw"),
+        ("video", "pixel_values_videos", "video_grid_thw"),
+    ):
+        if pixels in inputs:
+            sizes = [tuple(grid) for grid in inputs[grids].tolist()]
+            seen[source], new_merges = encode(model, inputs[pixels], sizes, removed, source, options)
             merges += new_merges
     return seen, merges
 
 
-def encode(model, pictures, removed, source, options):
-    """Encode pictures together: a list of `[units of the picture, D]` with dead rows -inf, and the merges."""
+def encode(model, pixels, sizes, removed, source, options):
+    """Encode pictures together: a list of `[units of the picture, D]` with dead rows -inf, and the merges.
+
+    Args:
+        pixels: `[patches of all pictures, dim]`.
+        sizes: `(t, h, w)` of each picture, in patches.
+        removed: units of a frame -> encoder block -> units to remove.
+    """
     visual, config = model.model.visual, model.config.vision_config
     side = config.spatial_merge_size
     g = side * side
@@ -161,8 +111,9 @@ def encode(model, pictures, removed, source, options):
     # All units of the call in the order in which the blocks hold them. A frame's units stay together, since
     # windows never cross frames; within a frame they go window by window, raster order inside a window.
     frame, window, place, raster, row, column = [], [], [], [], [], []
-    n_frames, n_units = 0, 0
-    for _, (t, h, w) in pictures:
+    plans = []  # for each frame: block -> units to remove
+    n_units = 0
+    for t, h, w in sizes:
         cells = [(r, c) for r in range(h // side) for c in range(w // side)]
         reach = config.window_size // side // config.patch_size if windowed else max(h, w)
         order = sorted(
@@ -171,17 +122,16 @@ def encode(model, pictures, removed, source, options):
         for _ in range(t):
             for number, i in enumerate(order):
                 r, c = cells[i]
-                frame.append(n_frames)
-                window.append((n_frames, r // reach, c // reach))
+                frame.append(len(plans))
+                window.append((len(plans), r // reach, c // reach))
                 place.append(number)
                 raster.append(n_units + i)
                 row.append(r)
                 column.append(c)
-            n_frames, n_units = n_frames + 1, n_units + len(cells)
+            plans.append(removed(len(cells)))
+            n_units += len(cells)
 
-    x = visual.patch_embed(
-        torch.cat([pixels for pixels, _ in pictures])
-    )  # [n_units * g, D], raster order of units
+    x = visual.patch_embed(pixels)  # [n_units * g, D], raster order of units
     x = x.reshape(n_units, g, -1)[raster].flatten(0, 1)  # [n_units * g, D], held order
     angles = encoder_angles(visual, config, row, column)  # [n_units * g, d]
 
@@ -195,18 +145,18 @@ def encode(model, pictures, removed, source, options):
         same_window = same([window[u] for u in units for _ in range(g)])
         mixed = attend(q, k, v, same_frame if whole else same_window)
         x = x + block.attn.proj(mixed)
-        if layer in removed:
+        if any(plan.get(layer, 0) for plan in plans):
             scored = same_frame if whole or options.window_score == "picture" else same_window
             importance = importance_of(q, k, scored, scored, options.score)
             survivors, pieces = [], []
-            for segment in range(n_frames):
+            for segment, plan in enumerate(plans):
                 members = [n for n, u in enumerate(units) if frame[u] == segment]
                 rows = [n * g + slot for n in members for slot in range(g)]
-                if removed[layer][segment] == 0:
+                if plan.get(layer, 0) == 0:
                     survivors, pieces = survivors + members, pieces + [x[rows]]
                     continue
                 kept, recycled, features = merge_segment(
-                    x[rows], q[:, rows], k[:, rows], importance[rows], removed[layer][segment], g, options
+                    x[rows], q[:, rows], k[:, rows], importance[rows], plan[layer], g, options
                 )
                 numbers = [place[units[n]] for n in members]
                 merges.append(
@@ -229,7 +179,7 @@ def encode(model, pictures, removed, source, options):
     merged = visual.merger(x)  # [units alive, D of the LLM]
     full = merged.new_full((n_units, merged.shape[-1]), float("-inf"))
     full[[raster[u] for u in units]] = merged
-    return list(full.split([t * h * w // g for _, (t, h, w) in pictures])), merges
+    return list(full.split([t * h * w // g for t, h, w in sizes])), merges
 
 
 def encoder_angles(visual, config, row, column):
@@ -260,7 +210,7 @@ def read(model, input_ids, prompt_length, seen, position_ids, removed, options):
     pictures = {source: iter(seen[source]) for source in seen}
     x = language.embed_tokens(input_ids)  # [L, D]
     segment_of = [None] * length  # the segment of a visual position, None for text
-    start, sources, dead = [], [], set()
+    start, sources, plans, dead = [], [], [], set()
     for position in range(prompt_length):
         source = placeholder.get(int(input_ids[position]))
         if source is None or segment_of[position] is not None:
@@ -273,6 +223,7 @@ def read(model, input_ids, prompt_length, seen, position_ids, removed, options):
                 dead.add(position + unit)
         start.append(position)
         sources.append(source)
+        plans.append(removed(len(features), int((~features[:, 0].isinf()).sum())))
 
     held = [
         position for position in range(length) if position not in dead
@@ -291,17 +242,15 @@ def read(model, input_ids, prompt_length, seen, position_ids, removed, options):
         causal = torch.ones(len(x), len(x)).tril().bool()  # held is ascending, so order is causality
         x = x + attention.o_proj(attend(q, k, v, causal))
         x = x + block.mlp(block.post_attention_layernorm(x))
-        if layer not in removed:
-            continue
         features, gone = x.clone(), set()
-        for segment in range(len(start)):
-            if removed[layer][segment] == 0:
+        for segment, plan in enumerate(plans):
+            if plan.get(layer, 0) == 0:
                 continue
             rows = [n for n, position in enumerate(held) if segment_of[position] == segment]
             asking = asking_queries(held, segment_of, segment, prompt_length, options.queries)  # [S]
             importance = importance_of(q, k, causal, causal & asking[:, None], options.score)
             kept, recycled, merged = merge_segment(
-                x[rows], q[:, rows], k[:, rows], importance[rows], removed[layer][segment], 1, options
+                x[rows], q[:, rows], k[:, rows], importance[rows], plan[layer], 1, options
             )
             numbers = [held[n] - start[segment] for n in rows]
             merges.append(

@@ -44,19 +44,27 @@ def forward(model, inputs, vit_removed, llm_removed, **options) -> Result:
         options: see `Options`.
     """
     options = Options(**options)
-    pictures, merges = {"image": [], "video": []}, []
-    for source, pixels, grids in (
-        ("image", "pixel_values", "image_grid_thw"),
-        ("video", "pixel_values_videos", "video_grid_thw"),
-    ):
-        if inputs.get(pixels) is not None:
-            pictures[source], new_merges = encode(
-                model, inputs[pixels], inputs[grids].tolist(), vit_removed, source, options
-            )
-            merges += new_merges
-    logits, read_merges, alive = read(model, inputs["input_ids"][0], pictures, llm_removed, options)
+    pictures, merges = see(model, inputs, vit_removed, options)
+    input_ids = inputs["input_ids"][0]
+    logits, read_merges, alive = read(model, input_ids, len(input_ids), pictures, llm_removed, options)
     features = [picture.features for source in ("image", "video") for picture in pictures[source]]
     return Result(logits, merges + read_merges, alive, torch.cat(features or [torch.empty(0)]))
+
+
+@torch.no_grad()
+def generate(model, inputs, vit_removed, llm_removed, *, new_tokens, **options) -> list[int]:
+    """Decode exactly `new_tokens` tokens greedily (no stopping token), running the whole sequence anew for each.
+
+    Only prompt positions are ever scored, merged or asked for attention, so the merges are the prompt's own.
+    """
+    options = Options(**options)
+    pictures, _ = see(model, inputs, vit_removed, options)
+    input_ids = inputs["input_ids"][0]
+    prompt_length = len(input_ids)
+    for _ in range(new_tokens):
+        logits, _, _ = read(model, input_ids, prompt_length, pictures, llm_removed, options)
+        input_ids = torch.cat([input_ids, logits[-1:].argmax(-1)])
+    return input_ids[prompt_length:].tolist()
 
 
 class Picture:
@@ -69,6 +77,21 @@ class Picture:
 
 
 # ---------------------------------------------------------------- encoder
+
+
+def see(model, inputs, removed, options):
+    """Encode the images in one call and the videos in another: the pictures of each, and the merges."""
+    pictures, merges = {"image": [], "video": []}, []
+    for source, pixels, grids in (
+        ("image", "pixel_values", "image_grid_thw"),
+        ("video", "pixel_values_videos", "video_grid_thw"),
+    ):
+        if inputs.get(pixels) is not None:
+            pictures[source], new_merges = encode(
+                model, inputs[pixels], inputs[grids].tolist(), removed, source, options
+            )
+            merges += new_merges
+    return pictures, merges
 
 
 def encode(model, pixels, grids, removed, source, options):
@@ -181,13 +204,14 @@ def encoder_angles(config, patches):
 # ---------------------------------------------------------------- language model
 
 
-def read(model, input_ids, pictures, removed, options):
-    """Run the language model over the prompt: logits `[L, vocab]`, the merges, who is alive where."""
+def read(model, input_ids, prompt_length, pictures, removed, options):
+    """Run the language model over prompt and generated tokens: logits `[L, vocab]`, the merges, who is alive where."""
     language, config = model.model.language_model, model.config.text_config
     length = len(input_ids)
-    shown, sources, segment_of, unit_of = assign(model.config, input_ids, pictures)
+    shown, sources, segment_of, unit_of = assign(model.config, input_ids, prompt_length, pictures)
     position_ids = positions(segment_of, unit_of, shown)  # [3, L]
     places = [[p for p in range(length) if segment_of[p] == s] for s in range(len(shown))]
+    taps_of = [[table.clone() for table in picture.taps] for picture in shown]  # merges change them
 
     x = language.embed_tokens(input_ids)  # [L, D]
     dead = set()
@@ -218,7 +242,7 @@ def read(model, input_ids, pictures, removed, options):
         x = x + feed_forward(block, x)
         for n, position in enumerate(held):
             if segment_of[position] is not None:
-                taps = shown[segment_of[position]].taps
+                taps = taps_of[segment_of[position]]
                 if layer < len(taps):
                     x[n] = x[n] + taps[layer][unit_of[position]]
 
@@ -227,7 +251,7 @@ def read(model, input_ids, pictures, removed, options):
             if plan.get(layer, 0) == 0:
                 continue
             rows = [n for n, position in enumerate(held) if segment_of[position] == segment]
-            asking = asking_queries(held, segment_of, segment, length, options.queries)  # [S]
+            asking = asking_queries(held, segment_of, segment, prompt_length, options.queries)  # [S]
             importance = importance_of(q, k, causal, causal & asking[:, None], options.score)
             kept, recycled, merged = merge_segment(
                 x[rows], q[:, rows], k[:, rows], importance[rows], plan[layer], 1, options
@@ -247,7 +271,7 @@ def read(model, input_ids, pictures, removed, options):
             features[[rows[n] for n in kept]] = merged
             # What a token absorbs it absorbs whole: also the features that later layers will add.
             numbers = torch.tensor([unit_of[held[n]] for n in rows])
-            for table in shown[segment].taps[layer + 1 :]:
+            for table in taps_of[segment][layer + 1 :]:
                 _, _, blended = merge_segment(
                     table[numbers], q[:, rows], k[:, rows], importance[rows], plan[layer], 1, options
                 )
@@ -262,7 +286,7 @@ def read(model, input_ids, pictures, removed, options):
     return model.lm_head(hidden), merges, alive
 
 
-def assign(config, input_ids, pictures):
+def assign(config, input_ids, prompt_length, pictures):
     """Which placeholder shows what: the pictures in prompt order, what they are, and each position's segment and unit.
 
     Text between a video's frames does not end the video: its placeholders are counted until all units have one.
@@ -272,7 +296,7 @@ def assign(config, input_ids, pictures):
     current = {"image": None, "video": None}  # the segment under way, and the units it has shown
     shown, sources = [], []
     segment_of, unit_of = [None] * len(input_ids), [None] * len(input_ids)  # None for text
-    for position, token in enumerate(input_ids.tolist()):
+    for position, token in enumerate(input_ids[:prompt_length].tolist()):  # a generated token is text
         source = placeholder.get(token)
         if source is None:
             continue

@@ -43,12 +43,13 @@ class Video:
         return noise.integers(0, 256, (self.frames, self.height, self.width, 3), dtype=np.uint8)
 
 
-def tokenizer(special: list[str], *, pad: str, eos: str, **named: str):
+def tokenizer(special: list[str], *, pad: str, eos: str, kind=None, **named: str):
     """A word-level tokenizer: the special tokens, then `w0`, `w1`, ..., of which prompts are made.
 
     Args:
         special: every token that is not a word, the placeholders among them.
         pad, eos: two of them.
+        kind: its class, where a family's processor insists on one.
         named: further attributes for a family's processor, as `image_token="<image>"`.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -57,14 +58,14 @@ def tokenizer(special: list[str], *, pad: str, eos: str, **named: str):
     vocabulary["<unk>"] = len(vocabulary)
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=pad,
-        eos_token=eos,
-        unk_token="<unk>",
-        additional_special_tokens=special,
-        extra_special_tokens=named,
+    made = (kind or transformers.PreTrainedTokenizerFast)(
+        tokenizer_object=backend, pad_token=pad, eos_token=eos, unk_token="<unk>", extra_special_tokens=named
     )
+    # Said here and not above: transformers 5 takes the named tokens for all there are, and would not cut
+    # the others out of text in which no space is around them.
+    made.add_tokens(special, special_tokens=True)
+    made.model_input_names = ["input_ids", "attention_mask"]  # 4.57 adds token_type_ids, which no model takes
+    return made
 
 
 def words(count: int, generator: torch.Generator) -> str:

@@ -30,6 +30,7 @@ import functools
 
 import torch
 import transformers
+
 from zoo.common import V5, Image, Video, scale_weights, tokenizer, words
 
 NAME = "internvl"
@@ -57,6 +58,10 @@ KINDS = {
         [4, Video(3, 90, 120, 12), 6],
     ],
 }
+BEAMS, LIMITS = KINDS["batch"], {}
+if not V5:
+    BEAMS = [[3, Image(100, 90, 9), 5], [9], [2, Image(80, 80, 10), 8]]
+    LIMITS = {"beams": "decode several tiles in a row with beams: `generate` repeats them one by one"}
 VIT_LAYERS, LLM_LAYERS = (0, 1, 2), (0, 2)
 
 
@@ -115,19 +120,15 @@ def build(
 def processor():
     """`InternVLProcessor` for tiles of 112 pixels; pictures are cut into at most 6 of them."""
     special = [PAD, EOS, START, CONTEXT, IMG, END_IMG, VIDEO, NEWLINE, *FRAMES]
-    # The newline is named as well because 5.23 cuts only named tokens out of text without spaces around them.
     named = dict(
-        start_image_token=IMG, end_image_token=END_IMG, context_image_token=CONTEXT, video_token=VIDEO,
-        newline_token=NEWLINE,
-    )  # fmt: skip
-    reader = tokenizer(special, pad=PAD, eos=EOS, **named)
-    reader.model_input_names = ["input_ids", "attention_mask"]  # as Qwen's: no token_type_ids in 4.57
+        start_image_token=IMG, end_image_token=END_IMG, context_image_token=CONTEXT, video_token=VIDEO
+    )
     # Checkpoints ask for the one that computes in torch, which 4.57 calls fast.
     image_processor = transformers.GotOcr2ImageProcessor if V5 else transformers.GotOcr2ImageProcessorFast
     size = {"height": TILE, "width": TILE}
     return transformers.InternVLProcessor(
         image_processor=image_processor(size=size, crop_to_patches=True, max_patches=MAX_TILES),
-        tokenizer=reader,
+        tokenizer=tokenizer(special, pad=PAD, eos=EOS, **named),
         video_processor=transformers.InternVLVideoProcessor(size=size),
         image_seq_length=TILE_TOKENS,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from zoo.common import Image, Video, scale_weights, words
 
 
@@ -42,7 +43,6 @@ def assemble(processor, rows, opening: str, closing: str, *, nested, side, dtype
         **({"videos": videos} if videos else {}),
         padding=True,
         padding_side=side,
-        return_token_type_ids=False,  # 4.57: a tokenizer with no class of its own adds them
         return_tensors="pt",
     )
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}

@@ -18,6 +18,7 @@ import functools
 import torch
 import transformers
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+
 from zoo.common import V5, WORDS, Image, tokenizer
 from zoo.llava import assemble, finish
 
@@ -41,6 +42,11 @@ KINDS = {
         [4, Image(40, 130, 7), 6],
     ],
 }
+CANNOT = {"video": "see videos: there is no token for them"}
+BEAMS, LIMITS = KINDS["batch"], {}
+if not V5:
+    BEAMS = [[5, Image(96, 96, 4), 4], [9], [4, Image(40, 130, 7), 6]]
+    LIMITS = {"beams": "decode several pictures in a row with beams: `generate` repeats them one by one"}
 
 
 def build(*, seed=0, attention="sdpa", dtype=torch.float32, layers=4):

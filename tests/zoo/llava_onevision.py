@@ -22,6 +22,7 @@ import functools
 import torch
 import transformers
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
 from zoo.common import V5, WORDS, Image, Video, tokenizer
 from zoo.llava import assemble, finish
 
@@ -50,6 +51,10 @@ KINDS = {
         [4, Video(3, 50, 80, 16), 2, Image(50, 120, 17), 6],
     ],
 }
+BEAMS, LIMITS = KINDS["batch"], {}
+if not V5:
+    BEAMS = [[5, Image(120, 100, 13), 4], [9], [4, Video(3, 50, 80, 16), 2, Image(50, 120, 17), 6]]
+    LIMITS = {"beams": "decode several pictures in a row with beams: `generate` repeats them one by one"}
 
 
 def build(*, seed=0, attention="sdpa", dtype=torch.float32, layers=4):

@@ -24,6 +24,7 @@ import functools
 import torch
 import transformers
 from transformers import MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration
+
 from zoo.common import Image, Video, scale_weights, tokenizer, words
 
 NAME = "minicpmv4_6"
@@ -40,8 +41,8 @@ NAMED = {
     "slice_end_token": "</slice>",
     "image_id_start_token": "<image_id>",
     "image_id_end_token": "</image_id>",
-    "newline_token": "\n",  # between two rows of slices
 }
+NEWLINE = "\n"  # between two rows of slices
 
 # A square of 80 pixels is one segment of 25 units; larger pictures are sliced, into slices about that large.
 PLAIN, WIDE, TALL, SLICED = (60, 90), (56, 100), (100, 64), (170, 84)
@@ -62,6 +63,7 @@ KINDS = {
     "one picture, 4x": [[FOURFOLD, 3, Image(*PLAIN, seed=14), 5]],
     "several pictures, 4x": [[FOURFOLD, 2, Image(50, 60, seed=15), 3, Video(1, 60, 80, seed=16), 4]],
 }
+BEAMS = KINDS["batch"]
 VIT_LAYERS = (0, 2, 3)  # the merger inside the tower follows block 1
 LLM_LAYERS = (1, 3)  # 1 attends fully; 3 is linear and reads layer 1's queries and keys of what is left
 
@@ -168,7 +170,7 @@ def processor_of(processor_class):
     return processor_class(
         image_processor=transformers.MiniCPMV4_6ImageProcessor(**sizes),
         video_processor=transformers.MiniCPMV4_6VideoProcessor(**sizes),
-        tokenizer=tokenizer([*NAMED.values(), PAD, EOS], pad=PAD, eos=EOS, **NAMED),
+        tokenizer=tokenizer([*NAMED.values(), NEWLINE, PAD, EOS], pad=PAD, eos=EOS, **NAMED),
     )
 
 

@@ -18,7 +18,9 @@ import functools
 import torch
 import transformers
 from transformers import MiniCPMV4_7Config, MiniCPMV4_7ForConditionalGeneration
+
 from zoo.minicpmv4_6 import (
+    BEAMS,  # noqa: F401
     FOURFOLD,  # noqa: F401
     KINDS,  # noqa: F401
     LLM_LAYERS,  # noqa: F401

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import transformers
+
 from zoo.common import V5, Image, scale_weights, tokenizer, words
 
 PAD, EOS = "<|endoftext|>", "<|im_end|>"
@@ -14,17 +15,8 @@ SPECIAL = [PAD, EOS, START, END, IMAGE, VIDEO]
 
 def qwen_tokenizer(more: tuple[str, ...] = ()):
     """The zoo's tokenizer with Qwen's markers and placeholders, and `more` tokens."""
-    plain = tokenizer([*SPECIAL, *more], pad=PAD, eos=EOS, image_token=IMAGE, video_token=VIDEO)
-    if V5:
-        # Version 5 takes named extra tokens for all there are and drops the unnamed ones; without them a
-        # marker that stands next to a timestamp without a space would be one unknown word with it.
-        plain.add_tokens([*SPECIAL, *more], special_tokens=True)
-        return plain
-    # The processors of 4.57 insist on a tokenizer of Qwen's own class.
-    return transformers.Qwen2TokenizerFast(
-        tokenizer_object=plain.backend_tokenizer, pad_token=PAD, eos_token=EOS, unk_token="<unk>",
-        additional_special_tokens=[*SPECIAL, *more],
-    )  # fmt: skip
+    kind = None if V5 else transformers.Qwen2TokenizerFast  # the processors of 4.57 insist on it
+    return tokenizer([*SPECIAL, *more], pad=PAD, eos=EOS, kind=kind, image_token=IMAGE, video_token=VIDEO)
 
 
 def image_processor(**settings):

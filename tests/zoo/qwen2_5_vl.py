@@ -14,8 +14,9 @@ import functools
 
 import torch
 import transformers
+
 from zoo import qwen
-from zoo.qwen2_vl import KINDS, LLM_LAYERS, SIZES, VIT_LAYERS, config_parts, text_tokens  # noqa: F401
+from zoo.qwen2_vl import BEAMS, KINDS, LLM_LAYERS, SIZES, VIT_LAYERS, config_parts, text_tokens  # noqa: F401
 
 NAME = "qwen2_5_vl"
 

@@ -13,6 +13,7 @@ import functools
 
 import torch
 import transformers
+
 from zoo import qwen
 from zoo.common import Image, Video
 
@@ -28,6 +29,7 @@ KINDS = {
     "text only": [[9]],
     "batch": [[5, A, 7], [3, C, 2, B, 9], [6], [2, V, 3]],
 }
+BEAMS = KINDS["batch"]
 VIT_LAYERS, LLM_LAYERS = (0, 1, 2), (0, 2)
 SIZES = {"size": {"shortest_edge": 28 * 28, "longest_edge": 2**20}}
 

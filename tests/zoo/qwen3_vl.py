@@ -6,8 +6,10 @@ What there is to know of the unpatched family:
 - A video's frames stand apart in the prompt: `<0.5 seconds>`, a start marker, the frame, an end marker. The
   template's own pair of markers around the video stays in transformers 5 and is swallowed in 4.57.
 - transformers 5 needs `mm_token_type_ids` (its processor gives them); 4.57 knows no such argument.
-- Everything works that `KINDS` lists: any number of pictures and videos in a row, and other numbers in other
-  rows of a batch.
+- On 4.57, `generate` with beams or several returned sequences takes every frame of a video for a video:
+  "split_with_sizes expects split_sizes to sum exactly to 1 (...), but got split_sizes=[0, 0, 0, 3]".
+- Everything else works that `KINDS` lists: any number of pictures and videos in a row, and other numbers in
+  other rows of a batch.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import functools
 
 import torch
 import transformers
+
 from zoo import qwen
 from zoo.common import V5, Image, Video
 
@@ -34,6 +37,9 @@ KINDS = {
     "text only": [[9]],
     "batch": [[5, A, 7], [3, C, 2, B, 9], [6], [2, V, 3]],
 }
+BEAMS, LIMITS = KINDS["batch"], {}
+if not V5:
+    BEAMS, LIMITS = BEAMS[:3], {"beams": "decode videos with beams: `generate` counts each frame as one"}
 VIT_LAYERS, LLM_LAYERS = (0, 1, 2), (0, 2)
 
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import torch
 import transformers
+
 from zoo import qwen
 from zoo.common import V5
 from zoo.qwen3_vl import (  # noqa: F401
+    BEAMS,
     KINDS,
+    LIMITS,
     LLM_LAYERS,
     VIT_LAYERS,
     config_parts,

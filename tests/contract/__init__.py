@@ -1,0 +1,1 @@
+"""What illava promises, on every family of the zoo; `test_traps.py` says which tests guard which trap."""
