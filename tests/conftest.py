@@ -43,6 +43,8 @@ class Support:
     def pytest_runtest_makereport(self, item, call):
         report = yield
         family = getattr(item, "callspec", None) and item.callspec.params.get("family")
+        if family is None and (mark := item.get_closest_marker("family")):
+            family = mark.args[0]
         if family is None or (report.passed and report.when != "call"):
             return report
         outcome = report.outcome
@@ -55,23 +57,25 @@ class Support:
     def pytest_sessionfinish(self):
         import csv
 
+        import remote_code
         import support_table
 
         import zoo
 
+        families = zoo.FAMILIES | remote_code.FAMILIES
         with open(self.path, "w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["family", *support_table.CAPABILITIES])
-            for family in [*zoo.FAMILIES, *zoo.ABSENT]:
-                cells = [self.cell(zoo, family, name) for name in support_table.CAPABILITIES]
+            for family in families:
+                cells = [self.cell(family, families[family], name) for name in support_table.CAPABILITIES]
                 writer.writerow([family, *cells])
+            for family, reason in zoo.ABSENT.items():
+                writer.writerow([family, *(reason for _ in support_table.CAPABILITIES)])
 
-    def cell(self, zoo, family: str, capability: str) -> str:
+    def cell(self, family: str, module, capability: str) -> str:
         """`passed`, `failed`, or why there is nothing to test."""
-        if family in zoo.ABSENT:
-            return zoo.ABSENT[family]
-        cannot = getattr(zoo.FAMILIES[family], "CANNOT", {}).get(capability)
-        limit = getattr(zoo.FAMILIES[family], "LIMITS", {}).get(capability)
+        cannot = getattr(module, "CANNOT", {}).get(capability)
+        limit = getattr(module, "LIMITS", {}).get(capability)
         outcomes = self.outcomes.get((family, capability), [])
         ran = [outcome for outcome in outcomes if not outcome.startswith("skipped")]
         if failed := ran.count("failed"):

@@ -21,6 +21,7 @@ import sys
 import typing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,47 @@ CODE = {
     ),
     "minicpmv2_6": Published("openbmb/MiniCPM-V-2_6", "modeling_minicpmv.py", ("torchvision",)),
 }
+
+
+class InternVLChat:
+    """What the unpatched model cannot do, for the table of what each family is capable of."""
+
+    CANNOT = {
+        "video": "see videos: its code takes their frames as pictures",
+        "turns with new pictures": "go on with a cache: `chat` reads the whole conversation again",
+        "eager and sdpa": "choose: its encoder has an attention of its own",
+    }
+    LIMITS = {"turns": "go on with a cache: `chat` reads the whole conversation again"}
+
+
+class MiniCPMV:
+    """The same."""
+
+    CANNOT = {
+        "video": "see videos: its code takes their frames as pictures",
+        "turns with new pictures": "go on with a cache: `chat` reads the whole conversation again",
+    }
+    LIMITS = {"turns": "go on with a cache: `chat` reads the whole conversation again"}
+
+
+FAMILIES = {"internvl_chat": InternVLChat, "minicpmv": MiniCPMV}
+_CAPABILITIES = {
+    "several pictures": "pictures",
+    "batch_chat": "padded batch",
+    "batch": "padded batch",
+    "beams": "beams",
+    "several answers": "beams",
+    "turns": "turns",
+    "text only": "text only",
+    "precomputed features": "features first",
+    "labels and gradients": "labels",
+}
+
+
+def capabilities(use: str) -> tuple[Any, ...]:
+    """The mark of a test that puts a model to this use."""
+    return (pytest.mark.capability(_CAPABILITIES[use]),) if use in _CAPABILITIES else ()
+
 
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"

@@ -14,6 +14,8 @@ import transformers
 import illava
 from contract.tools import trace
 
+pytestmark = pytest.mark.family("internvl_chat")
+
 TILE_TOKENS = 16
 LAYERS = dict(vit_layers=(0, 1, 2), llm_layers=(0, 2))
 PLANS = {
@@ -201,6 +203,8 @@ def test_unpatched_models_are_the_same(pair, name):
     )
 
 
+@pytest.mark.capability("same as the reference")
+@pytest.mark.capability("pictures")
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", ROWS)
 def test_the_same_as_transformers_own(pair, name, plan):
@@ -230,6 +234,7 @@ def test_an_earlier_hidden_state(remote_code, select_layer, blocks):
 # ---------------------------------------------------------------- the report
 
 
+@pytest.mark.capability("padded batch")
 def test_report(model, tokenizer):
     """A picture a record, with all its tiles; units in the encoder's columns, as many tokens behind it."""
     with illava.patch(model, **LAYERS, reduction=0.75) as handle:
@@ -257,6 +262,7 @@ def test_report(model, tokenizer):
     assert handle.report.backend == "blocks"
 
 
+@pytest.mark.capability("text only")
 def test_a_call_of_text_alone_reports_nothing(model, tokenizer):
     inputs = prompt(tokenizer, ["How many people?", END])
     expected = generate(model, inputs)
@@ -276,6 +282,7 @@ def test_a_tile_that_stands_for_no_picture(model, tokenizer):
             assert handle.report is None
 
 
+@pytest.mark.capability("features first")
 def test_precomputed_features(model, tokenizer):
     """Features that the patched encoder gave are read again as they were; others only the decoder merges."""
     inputs = prompt(tokenizer, *ROWS["batch"])
@@ -328,6 +335,7 @@ def test_streaming_merges(model, tokenizer):
         assert handle.report == report
 
 
+@pytest.mark.capability("beams")
 def test_beams_of_a_batch_are_those_of_its_rows(model, tokenizer):
     inputs = prompt(tokenizer, *ROWS["batch"])
     with illava.patch(model, **LAYERS, reduction=0.778) as handle:
@@ -440,7 +448,8 @@ def unpatched(model, tokenizer):
 
 
 @pytest.mark.parametrize("state", remote.STATES)
-@pytest.mark.parametrize("use", USES)
+@pytest.mark.capability("reversible")
+@pytest.mark.parametrize("use", [pytest.param(use, marks=remote.capabilities(use)) for use in USES])
 def test_nothing_changes(model, tokenizer, unpatched, use, state):
     expected = unpatched(use)
     merge = lambda: generate(model, prompt(tokenizer, *ROWS["batch"]))  # noqa: E731
@@ -448,6 +457,7 @@ def test_nothing_changes(model, tokenizer, unpatched, use, state):
         assert remote.same(USES[use](model, tokenizer), expected)
 
 
+@pytest.mark.capability("reversible")
 @pytest.mark.parametrize("fails", [False, True])
 def test_no_trace(remote_code, fails):
     model, tokenizer = remote.internvl(remote_code("internvl2_5_qwen2"))
@@ -477,6 +487,7 @@ def test_reduction_0_runs_nothing_of_illavas(remote_code):
         assert set(now[""][1]) - set(before[""][1]) == {"_illava_handle"}
 
 
+@pytest.mark.capability("labels")
 def test_gradients_while_merging(model, tokenizer):
     found = dict(zip(("loss", *dict(model.named_parameters())), gradients(model, tokenizer), strict=True))
     with illava.patch(model, **LAYERS, reduction=0.667):
@@ -487,6 +498,7 @@ def test_gradients_while_merging(model, tokenizer):
     assert idle == [name for name, x in found.items() if not x.any()]
 
 
+@pytest.mark.capability("fp16 and bf16")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(remote_code, dtype):
     model, tokenizer = remote.internvl(remote_code("internvl2_5_qwen2"))

@@ -13,6 +13,8 @@ from contract.tools import trace
 from references import minicpmv2_6 as reference
 from zoo.common import Image
 
+pytestmark = pytest.mark.family("minicpmv")
+
 LAYERS = dict(vit_layers=(0, 1, 2), llm_layers=(0, 2))
 PLANS = {
     "paper": dict(reduction=0.667),
@@ -122,6 +124,8 @@ def test_the_reference_without_merging_is_the_model(model, processor, name):
     )
 
 
+@pytest.mark.capability("same as the reference")
+@pytest.mark.capability("pictures")
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", ROWS)
 def test_logits_are_the_references(model, processor, name, plan):
@@ -136,6 +140,7 @@ def test_logits_are_the_references(model, processor, name, plan):
     assert handle.report.backend == ("blocks" if handle.plan.vit_layers else None)
 
 
+@pytest.mark.capability("eager and sdpa")
 def test_logits_with_eager_attention(remote_code):
     model, processor = remote.minicpmv(remote_code("minicpmv2_6"), attention="eager")
     assert model.llm.config._attn_implementation == "eager"
@@ -146,6 +151,7 @@ def test_logits_with_eager_attention(remote_code):
     torch.testing.assert_close(logits, expected.logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.capability("same as the reference")
 @pytest.mark.parametrize("name", ROWS)
 def test_generated_ids_are_the_references(model, processor, name):
     inputs = prompt(processor, ROWS[name])
@@ -159,6 +165,7 @@ def test_generated_ids_are_the_references(model, processor, name):
 BATCH = [ROWS["many slices"], TEXT, ROWS["token 0 in the prompt"], ROWS["one slice"]]
 
 
+@pytest.mark.capability("padded batch")
 def test_a_batch_with_a_row_of_text_alone(model, processor):
     """Slices of every row are padded to the longest of all; each row is what the reference makes of it."""
     inputs = prompt(processor, *BATCH)
@@ -191,6 +198,7 @@ def test_a_hole_in_the_mask(model, processor, where):
     assert ids == reference.generate(*arguments, new_tokens=6)
 
 
+@pytest.mark.capability("features first")
 def test_precomputed_features(model, processor):
     """Features that the patched encoder gave are read again as they were; others only the decoder merges."""
     inputs = prompt(processor, ROWS["several pictures"])
@@ -206,6 +214,7 @@ def test_precomputed_features(model, processor):
     assert others[0].tolist() == seen
 
 
+@pytest.mark.capability("labels")
 def test_gradients_while_merging(model, processor):
     """Patches merged away leave no trace in the gradient of what the resampler does to all patches."""
     found = dict(zip(("loss", *dict(model.named_parameters())), gradients(model, processor), strict=True))
@@ -217,6 +226,7 @@ def test_gradients_while_merging(model, processor):
     assert idle == [name for name, x in found.items() if not x.any()]
 
 
+@pytest.mark.capability("fp16 and bf16")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(remote_code, dtype):
     model, processor = remote.minicpmv(remote_code("minicpmv2_6"))
@@ -298,6 +308,7 @@ def test_report(model, processor):
     )
 
 
+@pytest.mark.capability("text only")
 def test_a_call_of_text_alone_reports_nothing(model, processor):
     inputs = prompt(processor, TEXT)
     expected = generate(model, processor, inputs)
@@ -357,6 +368,7 @@ def test_streaming_of_one_picture_beside_another_call(model, processor):
         assert [p.grid for p in handle.report.pictures] == [(1, 5, 14), *[(1, 8, 8)] * 3]
 
 
+@pytest.mark.capability("beams")
 def test_beams_of_a_batch_are_those_of_its_rows(model, processor):
     rows = [ROWS["many slices"], TEXT, ROWS["one slice"]]
     inputs = prompt(processor, *rows)
@@ -458,7 +470,8 @@ def unpatched(model, processor):
 
 
 @pytest.mark.parametrize("state", remote.STATES)
-@pytest.mark.parametrize("use", USES)
+@pytest.mark.capability("reversible")
+@pytest.mark.parametrize("use", [pytest.param(use, marks=remote.capabilities(use)) for use in USES])
 def test_nothing_changes(model, processor, unpatched, use, state):
     expected = unpatched(use)
     merge = lambda: generate(model, processor, prompt(processor, *BATCH))  # noqa: E731
@@ -466,6 +479,7 @@ def test_nothing_changes(model, processor, unpatched, use, state):
         assert remote.same(USES[use](model, processor), expected)
 
 
+@pytest.mark.capability("reversible")
 @pytest.mark.parametrize("fails", [False, True])
 def test_no_trace(remote_code, fails):
     model, processor = remote.minicpmv(remote_code("minicpmv2_6"))
