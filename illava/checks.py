@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import os
 from typing import Any
 
 from torch import nn
 
 from illava.errors import AlreadyPatchedError, PlanError, SeamError, UnsupportedModelError
 from illava.families.seams import Seams
+
+# The file of transformers 4.57 whose wrappers record hidden states.
+RECORDER = os.path.join("transformers", "utils", "generic.py")
 
 
 def unwrap(model: Any) -> nn.Module:
@@ -42,8 +46,8 @@ def check_untouched(seams: Seams) -> None:
     ]
     for place, module in places:
         own = module.__dict__.get("forward")
-        if getattr(own, "__func__", None) is type(module).forward:
-            own = None  # 4.57 puts a module's own forward back on the instance
+        if _is_transformers_own(own, module):
+            own = None
         by_accelerate = hasattr(module, "_hf_hook")
         by_compile = hasattr(own, "_torchdynamo_orig_callable")
         home = getattr(type(module).forward, "__module__", "")
@@ -54,6 +58,17 @@ def check_untouched(seams: Seams) -> None:
                 f"the {place} ({type(module).__name__}) runs code of {source!r} in place of its own; two "
                 "tools cannot shorten the same tokens. Undo the other one, or load the model afresh"
             )
+
+
+def _is_transformers_own(forward: Any, module: nn.Module) -> bool:
+    """Whether a `forward` on the instance is the class's own, bare or as transformers records it.
+
+    4.57 puts a recording one there while it collects hidden states, the bare one back afterwards, and
+    after an exception not even that.
+    """
+    while getattr(getattr(forward, "__code__", None), "co_filename", "").endswith(RECORDER):
+        forward = forward.__wrapped__
+    return getattr(forward, "__func__", None) is type(module).forward
 
 
 def check_spans(seams: Seams) -> None:

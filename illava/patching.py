@@ -81,7 +81,7 @@ def patch(
         checks.check_spans(seams)
     if previous is not None:
         previous.remove()
-    return Handle(resolved, seams, family, fast_windows)
+    return Handle(resolved, seams, family, fast_windows, core)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -101,9 +101,11 @@ class Handle:
             of given sizes, layer by layer.
     """
 
-    def __init__(self, plan: ModelPlan, seams: Seams, family: Any, fast_windows: bool) -> None:
+    def __init__(
+        self, plan: ModelPlan, seams: Seams, family: Any, fast_windows: bool, outermost: nn.Module
+    ) -> None:
         self.plan = plan
-        self._seams = seams
+        self._seams, self._outermost = seams, outermost
         self._state = State(plan, seams, family, fast_windows)
         self._undo: list[Callable[[], None]] = []
         setattr(seams.model, HANDLE_ATTRIBUTE, self)
@@ -172,6 +174,7 @@ class Handle:
             self._wrap_method(module, name, wrapper)
         self._before(seams.model, language.enter_model)
         self._after(seams.model, language.leave_model, always=True)
+        self._after(self._outermost, language.leave_outermost, always=True)
         self._before(seams.language_model, language.enter_language)
         self._after(seams.language_model, language.leave_language, always=True)
         for number in range(len(seams.layers)):

@@ -44,10 +44,22 @@ class LanguageHooks:
     def leave_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         self.state.visual.set(None)
         self.state.left.set(())
+        return self.restore_hidden_states(output)
+
+    def restore_hidden_states(self, output: Any) -> Any:
+        """4.57 records layers' outputs once more for the modules around the language model."""
+        if getattr(output, "hidden_states", None) is not None and (full := self.state.hidden_states.get()):
+            output.hidden_states = full
+        return output
+
+    def leave_outermost(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        output = self.restore_hidden_states(output)
+        self.state.hidden_states.set(None)
         return output
 
     def enter_language(self, module: Any, args: Any, kwargs: Any) -> Any:
         self.state.language.set(None)
+        self.state.hidden_states.set(None)
         call_args = arguments(module, args, kwargs)
         visual = self.state.visual.get() or self.state.take_mark(call_args.get("inputs_embeds"))
         self.state.visual.set(None)  # a prompt is read once; what a method announced is read by now
@@ -145,4 +157,5 @@ class LanguageHooks:
             seen = [call.outputs.get(i - 1, x) for i, x in enumerate(output.hidden_states[:-1])]
             inner = [None if x is None else call.leave(x, i) for i, x in enumerate(seen)]
             output.hidden_states = (*inner, output.last_hidden_state)
+            self.state.hidden_states.set(output.hidden_states)
         return output
