@@ -46,8 +46,8 @@ RIVALS = {
         "final tokens, most of them gone after a quarter of the encoder. The documented plan for speed above "
         "accuracy: in Qwen2.5-VL-7B at 88.9 % its bound is 4.4x at 4,096 visual tokens and 4.6x at 16,384.",
     ),
-    "encoder only": Rival("llm_layers=()", "As in table 4 of the iLLaVA paper: the language model merges nothing."),
-    "LLM only": Rival("vit_layers=()", "As in table 4 of the iLLaVA paper: the encoder merges nothing."),
+    "encoder only": Rival("llm_layers=()", "Table 4 of the iLLaVA paper: no merge in the language model."),
+    "LLM only": Rival("vit_layers=()", "Table 4 of the iLLaVA paper: no merge in the encoder."),
     "FastV": Rival(
         "LLM only, one merge after its second layer, last query, prune",
         "Chen et al., ECCV 2024, arXiv 2403.06764, K = 2: layers 0 and 1 see every token, ranked by the last "
@@ -67,7 +67,7 @@ RIVALS = {
         "Yang et al., CVPR 2025, arXiv 2412.04467: dominant tokens by the attention they receive in the last "
         "block but one, the others merged into contextual ones, 10 of 64. Differs: tokens leave inside that "
         "block (its feed-forward network and the last block run on the survivors), contextual tokens are the "
-        "next most important and take in 5 by attention (recycled = 10/64) where VisionZip takes every nth and "
+        "next most important and take in 5 by attention (recycled = 10/64) where it takes every nth and "
         "joins all others by the keys' likeness; merge units instead of patches, attention instead of CLS's.",
     ),
     SMALLER_PICTURE: Rival("unpatched, a picture of as many tokens as the plan leaves"),

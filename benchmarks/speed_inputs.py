@@ -26,7 +26,7 @@ from prefill_inputs import (
     marked,
     qwen_picture,
 )
-from torch import Tensor, nn
+from torch import nn
 
 PICTURE, PICTURES, VIDEO_CLIP = "picture", "pictures", "video"
 CONTENTS = (PICTURE, PICTURES, VIDEO_CLIP)
@@ -175,8 +175,3 @@ _SHOWN: dict[str, Callable[[Any, Shown, torch.Generator], Picture | None]] = {
     "internvl": _internvl,
     "llava": _llava,
 }
-
-
-def pixels_bytes(batch: Batch) -> int:
-    """Memory of a call's own tensors."""
-    return sum(x.nbytes for x in batch.inputs.values() if isinstance(x, Tensor))
