@@ -126,6 +126,8 @@ def run_case(
             for trial in every:
                 with _guarded(trial, settings):
                     _prepare(trial, case, models, settings, sides)
+            gc.collect()
+            gc.freeze()  # each call collects garbage first: not through all of torch every time
             for trial in every:
                 if trial.status == OK and time.monotonic() > deadline:
                     trial.status = LIMIT
@@ -148,6 +150,8 @@ def run_case(
         for trial in every:
             if not trial.prefills and trial.status == OK:
                 trial.status = LIMIT
+    finally:
+        gc.unfreeze()
     for trial in every:
         if trial.side is not None:
             illava.unpatch(trial.side.model)

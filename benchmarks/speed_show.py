@@ -108,8 +108,8 @@ def _cpu_block(rows: Sequence[Row]) -> list[str]:
     lines = [
         f"The same command on a CPU, models at reduced sizes ({first['gpu']}, {first['threads']} threads, "
         f"torch {first['torch']}, transformers {first['transformers']}, {first['dtype']}, "
-        f"{_rounds(rows)} rounds). **Noisy**: the machine was shared with other work. It shows that the benchmark runs and what "
-        "illava's own code costs, not what a real model gains.",
+        f"{_rounds(rows)} rounds). **Noisy**: the machine was shared with other work. It shows that the "
+        "benchmark runs and what illava's own code costs, not what a real model gains.",
         "",
         "One picture, 88.9 % of the visual tokens gone; time to the first token:",
         "",
