@@ -24,11 +24,11 @@ part() { # part NAME SECONDS COMMAND...
   printf '%-14s status %3d  %4d s\n' "$name" "$status" $((SECONDS - begun)) >>"$out/status.txt"
 }
 
-speed() { # speed NAME SECONDS OPTIONS...: stops by itself 15 s early, and goes on from FOLDER/speed_cuda.csv
+speed() { # speed NAME SECONDS OPTIONS...: begins no case in its last 35 s
   local name=$1 seconds=$2
   shift 2
   part "$name" "$seconds" "$python" benchmarks/speed.py --device cuda --csv "$out/speed_cuda.csv" \
-    --plot "$out/speed_cuda" --budget $((seconds - 35)) --limit 20 "$@"
+    --plot "$out/speed_cuda" --budget $((seconds - 35)) --limit 30 "$@"
 }
 
 environment() {
@@ -62,7 +62,7 @@ speed prefill-7b 120 "${few[@]}" --models qwen2.5-vl-7b --tokens 4096 16384 1024
 speed rivals-7b 80 --models qwen2.5-vl-7b --tokens 4096 --contents picture --batches 1 --rounds 5 --new-tokens 0 \
   --reductions 0.889 --rivals-at 0.889 --attn sdpa
 speed throughput 115 --models qwen2.5-vl-7b internvl2.5-26b --tokens 1024 --contents picture --batches 8 --rounds 2 \
-  --reductions 0.889 --rivals "smaller model" --attn sdpa
+  --reductions 0.889 --rivals "smaller model" --attn sdpa --limit 60
 speed others 40 "${few[@]}" --models llava-onevision-7b internvl2.5-8b --tokens 4096 --reductions 0.889
 part prefill.py 40 "$python" benchmarks/prefill.py --config qwen2.5-vl-7b --device cuda --dtype bfloat16 \
   --rounds 10 --csv "$out/prefill_cuda.csv"

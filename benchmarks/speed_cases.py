@@ -172,6 +172,14 @@ def _importance(case: Case) -> tuple[int, int, int, int]:
     )
 
 
+def main_cases(cases: Sequence[Case]) -> list[Case]:
+    """Of each model and attention the first: the most important one."""
+    first: dict[tuple[str, str], Case] = {}
+    for case in cases:
+        first.setdefault((case.model, case.attn), case)
+    return list(first.values())
+
+
 def arms_of(
     case: Case,
     reductions: Sequence[float],

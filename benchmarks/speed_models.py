@@ -96,11 +96,11 @@ def _tiny(small: Family, *shape: int) -> Family:
 
 
 _QWEN, _INTERNVL, _LLAVA = (FAMILIES[name] for name in ("qwen2_5_vl", "internvl", "llava_onevision"))
-_qwen_small = _family(_QWEN, configs.qwen2_5_vl, 160, 8, 512, 8)
-_qwen_smaller = _family(_QWEN, configs.qwen2_5_vl, 160, 8, 384, 6)
-_internvl_small = _family(_INTERNVL, _internvl_8b, 128, 8, 384, 8)
-_internvl_large = _family(_INTERNVL, _internvl_26b, 384, 12, 512, 12)
-_llava_small = _family(_LLAVA, configs.llava_onevision, 216, 8, 384, 8)
+_qwen_small = _family(_QWEN, configs.qwen2_5_vl, 160, 8, 384, 6)
+_qwen_smaller = _family(_QWEN, configs.qwen2_5_vl, 160, 8, 256, 5)
+_internvl_small = _family(_INTERNVL, _internvl_8b, 64, 8, 256, 6)
+_internvl_large = _family(_INTERNVL, _internvl_26b, 256, 8, 384, 8)
+_llava_small = _family(_LLAVA, configs.llava_onevision, 144, 8, 256, 8)
 
 MODELS = {
     "qwen2.5-vl-7b": Model(
