@@ -31,7 +31,7 @@ from torch import nn
 PICTURE, PICTURES, VIDEO_CLIP = "picture", "pictures", "video"
 CONTENTS = (PICTURE, PICTURES, VIDEO_CLIP)
 # How far the tokens of what a family can be shown may be from those asked for.
-NEAR = 1.6
+NEAR = 1.8
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from prefill_models import build_config, build_model
 from speed_cases import SMALLER_MODEL, SMALLER_PICTURE, Arm, Case, plan_of
-from speed_inputs import Shown, show
+from speed_inputs import NEAR, Shown, show
 from speed_measure import Decoding, Peak, Prefill, Side
 from speed_models import MODELS
 from speed_ranges import Ranges
@@ -162,7 +162,7 @@ def _prepare(
     trial: Trial, case: Case, models: Models, settings: Settings, sides: dict[tuple[str, Shown], Side | None]
 ) -> None:
     """The arm's model, inputs and plan; arms that are shown the same share it."""
-    arm, shown, near, name = trial.arm, case.shown, 1.6, case.model
+    arm, shown, near, name = trial.arm, case.shown, NEAR, case.model
     if arm is not None and arm.name == SMALLER_PICTURE:
         shown, near = Shown(shown.content, max(1, round(shown.tokens * (1 - arm.reduction)))), 1.1
     if arm is not None and arm.name == SMALLER_MODEL:
