@@ -32,8 +32,8 @@ def figures(trial: Trial, unpatched: Trial) -> list[dict[str, str]]:
         rows.append(figure(name, "ms", values, reference, [r / own for own, r in others], bound))
     rows += _decoding(trial)
     rows += _memory(trial, unpatched)
-    if trial.own_share is not None:
-        rows.append(figure("own_share", "share", [trial.own_share]))
+    if trial.own_shares:
+        rows.append(figure("own_share", "share", trial.own_shares))
     return rows
 
 

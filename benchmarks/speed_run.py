@@ -24,6 +24,8 @@ import illava
 
 # Arms between two timings of the unpatched model: near enough for both to meet the same machine.
 IN_TURN = 4
+# Share of a case's time that its rounds leave to decoding.
+DECODING = 0.3
 
 
 class TimeLimit(Exception):
@@ -55,7 +57,7 @@ class Trial:
         status: `OK`, or why there are no figures.
         prefills, decodings: one per round, each with the unpatched model's around it.
         report: illava's own of a warm-up call.
-        own_share: of illava's code in a prefill.
+        own_shares: of illava's code in a prefill, one per call looked at.
     """
 
     arm: Arm | None
@@ -67,7 +69,7 @@ class Trial:
     report: illava.Report | None = None
     layers: str = ""
     peak: Peak | None = None
-    own_share: float | None = None
+    own_shares: list[float] = field(default_factory=list)
 
     def patched(self) -> Any:
         """The model patched, if this arm patches it."""
@@ -136,7 +138,7 @@ def run_case(
                         _warm_up(trial, settings, step)
             alive = [t for t in trials if t.status == OK]
             for number in range(settings.rounds):
-                if number and time.monotonic() > deadline:
+                if number and time.monotonic() > deadline - DECODING * settings.limit:
                     break
                 _in_turn(unpatched, alive, settings, step, "prefills", Side.prefill)
             if settings.new_tokens > 1:
@@ -198,7 +200,8 @@ def _warm_up(trial: Trial, settings: Settings, step: Callable[[str], None]) -> N
                 trial.layers = f"vit {vit or '-'}; llm {llm or '-'}"
     if trial.report is not None:
         with Ranges.installed(), trial.patched():
-            trial.own_share = side.own_share()
+            calls = 3 if side.clock.cuda else 1
+            trial.own_shares = [side.own_share() for _ in range(calls)]
     step("warming up")
 
 

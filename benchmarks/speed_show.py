@@ -106,7 +106,7 @@ def markdown(own: Sequence[Row], every: Sequence[Row]) -> str:
 def _cpu_block(rows: Sequence[Row]) -> list[str]:
     first = rows[0]
     lines = [
-        f"The same command on a CPU, models at reduced sizes ({first['gpu']}, {first['threads']} threads, "
+        f"The same command on a CPU, models at reduced sizes ({first['gpu']}, {first['threads']} thread(s), "
         f"torch {first['torch']}, transformers {first['transformers']}, {first['dtype']}, "
         f"{_rounds(rows)} rounds). **Noisy**: the machine was shared with other work. It shows that the "
         "benchmark runs and what illava's own code costs, not what a real model gains.",
