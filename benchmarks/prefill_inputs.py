@@ -51,7 +51,7 @@ def qwen_picture(config: Any, size: tuple[int, int], generator: torch.Generator)
     tokens = height * width // vision.spatial_merge_size**2
     pixels = torch.randn(height * width, channels, generator=generator)
     grid = torch.tensor([[1, height, width]])
-    return Picture(_marked(tokens), tokens, {"pixel_values": pixels, "image_grid_thw": grid})
+    return Picture(marked(tokens), tokens, {"pixel_values": pixels, "image_grid_thw": grid})
 
 
 def internvl_picture(config: Any, size: tuple[int, int], generator: torch.Generator) -> Picture:
@@ -60,7 +60,7 @@ def internvl_picture(config: Any, size: tuple[int, int], generator: torch.Genera
     tiles += tiles > 1
     pixels = torch.randn(tiles, 3, TILE, TILE, generator=generator)
     tokens = tiles * config.image_seq_length
-    return Picture(_marked(tokens), tokens, {"pixel_values": pixels})
+    return Picture(marked(tokens), tokens, {"pixel_values": pixels})
 
 
 def llava_picture(config: Any, size: tuple[int, int], generator: torch.Generator) -> Picture:
@@ -69,15 +69,11 @@ def llava_picture(config: Any, size: tuple[int, int], generator: torch.Generator
     Raises:
         ValueError: a picture so large that the model would shrink its features.
     """
-    from transformers.image_processing_utils import select_best_resolution
-    from transformers.models.llava_next.modeling_llava_next import unpad_image
-
     vision = config.vision_config
     tile, side = vision.image_size, vision.image_size // vision.patch_size
-    rows, columns = (length // tile for length in select_best_resolution(size, config.image_grid_pinpoints))
+    rows, columns, height, width = llava_grid(config, size)
     if rows * columns > 9:
         raise ValueError(f"a picture of {size} pixels takes {rows} x {columns} tiles; give one of at most 9")
-    _, height, width = unpad_image(torch.zeros(1, rows * side, columns * side), size).shape
     tokens = side**2 + height * width
     tensors = {
         "pixel_values": torch.randn(1, rows * columns + 1, 3, tile, tile, generator=generator),
@@ -88,18 +84,30 @@ def llava_picture(config: Any, size: tuple[int, int], generator: torch.Generator
     return Picture(torch.full((tokens + height,), IMAGE), tokens, tensors)
 
 
+def llava_grid(config: Any, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Rows and columns of tiles of a picture, and of patches that are left of them without padding."""
+    from transformers.image_processing_utils import select_best_resolution
+    from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+    tile, patch = config.vision_config.image_size, config.vision_config.patch_size
+    rows, columns = (length // tile for length in select_best_resolution(size, config.image_grid_pinpoints))
+    side = tile // patch
+    _, height, width = unpad_image(torch.zeros(1, rows * side, columns * side), size).shape
+    return rows, columns, height, width
+
+
 def minicpm_picture(config: Any, size: tuple[int, int], generator: torch.Generator) -> Picture:
     """A thumbnail and, if the picture is larger than one tile, its slices, with a newline per row."""
     del config
     token = 4 * PATCH  # pixels along a side of what becomes one token
     shrink = min(1.0, TILE / math.sqrt(size[0] * size[1]))
     grids = [tuple(round(side * shrink / token) * 4 for side in size)]
-    ids = [_marked(grids[0][0] * grids[0][1] // 16)]
+    ids = [marked(grids[0][0] * grids[0][1] // 16)]
     rows, columns = (side // TILE for side in size)
     if rows * columns > 1:
         grid = TILE // PATCH, TILE // PATCH
         grids += [grid] * (rows * columns)
-        line = [_marked(grid[0] * grid[1] // 16, SLICE_START, SLICE_END)] * columns
+        line = [marked(grid[0] * grid[1] // 16, SLICE_START, SLICE_END)] * columns
         for row in range(rows):
             ids += line if row == 0 else [torch.tensor([NEWLINE]), *line]
     patches = sum(height * width for height, width in grids)
@@ -108,5 +116,6 @@ def minicpm_picture(config: Any, size: tuple[int, int], generator: torch.Generat
     return Picture(torch.cat(ids), patches // 16, tensors)
 
 
-def _marked(tokens: int, start: int = VISION_START, end: int = VISION_END) -> Tensor:
+def marked(tokens: int, start: int = VISION_START, end: int = VISION_END) -> Tensor:
+    """Placeholders of one picture between markers."""
     return torch.tensor([start, *[IMAGE] * tokens, end])

@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# All checks and tables that need a GPU, in under ten minutes, into one folder:
+#     benchmarks/gpu.sh FOLDER
+# A part that fails or runs out of its time fails alone: the exit status of each is printed at the end and
+# written to FOLDER/status.txt (124: its time was up). PYTHON names the interpreter, default python3.
+set -uo pipefail
+if [ $# -ne 1 ]; then
+  echo "usage: $0 FOLDER" >&2
+  exit 2
+fi
+mkdir -p "$1" || exit 2
+out=$(cd "$1" && pwd)
+cd "$(dirname "$0")/.." || exit 2
+python=${PYTHON:-python3}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+: >"$out/status.txt"
+
+part() { # part NAME SECONDS COMMAND...
+  local name=$1 seconds=$2 begun=$SECONDS status
+  shift 2
+  echo "== $name"
+  timeout --kill-after=10 "$seconds" "$@" 2>&1 | tee "$out/$name.log"
+  status=${PIPESTATUS[0]}
+  printf '%-14s status %3d  %4d s\n' "$name" "$status" $((SECONDS - begun)) >>"$out/status.txt"
+}
+
+speed() { # speed NAME SECONDS OPTIONS...: begins no case in its last 35 s
+  local name=$1 seconds=$2
+  shift 2
+  part "$name" "$seconds" "$python" benchmarks/speed.py --device cuda --csv "$out/speed_cuda.csv" \
+    --plot "$out/speed_cuda" --budget $((seconds - 35)) --limit 30 "$@"
+}
+
+environment() {
+  nvidia-smi || true
+  "$python" - <<'PY'
+import importlib.metadata as metadata
+import torch, illava
+print("illava from", illava.__file__)
+for name in ("illava", "torch", "triton", "transformers", "flash-attn", "flash-attn-3", "fa3-fwd"):
+    try:
+        print(name, metadata.version(name))
+    except metadata.PackageNotFoundError:
+        print(name, "is not installed")
+print("CUDA", torch.version.cuda, torch.cuda.is_available() and torch.cuda.get_device_name())
+raise SystemExit(0 if torch.cuda.is_available() else 1)
+PY
+}
+export -f environment
+export python
+
+# Seconds add up to 585. The most important first, should somebody stop it.
+part environment 30 bash -c environment
+part tests 100 "$python" -m pytest -m gpu
+if [ -f tests/test_column_sums.py ]; then
+  part kernel 60 "$python" -m pytest -m gpu -s tests/test_column_sums.py
+else
+  echo "kernel         not there: tests/test_column_sums.py" >>"$out/status.txt"
+fi
+few=(--rivals --rounds 5 --new-tokens 0 --contents picture --batches 1)
+speed prefill-7b 120 "${few[@]}" --models qwen2.5-vl-7b --tokens 4096 16384 1024 --reductions 0 0.667 0.778 0.889
+speed rivals-7b 80 --models qwen2.5-vl-7b --tokens 4096 --contents picture --batches 1 --rounds 5 --new-tokens 0 \
+  --reductions 0.889 --rivals-at 0.889 --attn sdpa
+speed throughput 115 --models qwen2.5-vl-7b internvl2.5-26b --tokens 1024 --contents picture --batches 8 --rounds 2 \
+  --reductions 0.889 --rivals "smaller model" --attn sdpa --limit 60
+speed others 40 "${few[@]}" --models llava-onevision-7b internvl2.5-8b --tokens 4096 --reductions 0.889
+part prefill.py 40 "$python" benchmarks/prefill.py --config qwen2.5-vl-7b --device cuda --dtype bfloat16 \
+  --rounds 10 --csv "$out/prefill_cuda.csv"
+
+echo
+echo "== exit statuses"
+cat "$out/status.txt"
+echo "Results in $out"
