@@ -293,7 +293,7 @@ def _check(q: Tensor, k: Tensor, spans: Spans | None) -> tuple[int, int, int, in
 
 def _splits(tiles: int, key_heads: int, most: int, device: torch.device) -> tuple[int, int]:
     """Into how many programs a tile's heads, and its queries or keys (`most` at most), are split."""
-    processors = 4
+    processors = 1
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
     wanted = _ceil(PROGRAMS_PER_PROCESSOR * processors, tiles)
