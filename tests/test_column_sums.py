@@ -429,7 +429,7 @@ def compile_for(capability, kernel, size, *, packed, unit=4):
     from illava.attention import column_sum_kernels
 
     function = getattr(column_sum_kernels, kernel)
-    function = getattr(function, "fn", function) if kernel != "finish" else function
+    function = function if kernel == "finish" else function.fn
     first = 1 << (size.bit_length() - 1)
     rest = max(16, 1 << (size - first - 1).bit_length()) if size > first else 0
     fixed = dict(D=size, D1=first, D2=rest, PACKED=packed, POSITIONS=not packed, ASKED=False, LONG=True)
@@ -450,7 +450,8 @@ def compile_for(capability, kernel, size, *, packed, unit=4):
         {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")},
     )
     target = GPUTarget("cuda", capability, 32)
-    return compile(source, target=target, options=dict(num_warps=4, num_stages=3)).asm["ptx"]
+    options = dict(num_warps=4, num_stages=3, **column_sums.OPTIONS)
+    return compile(source, target=target, options=options).asm["ptx"]
 
 
 @pytest.mark.parametrize(
@@ -552,6 +553,25 @@ def test_real_language_model(queries, given):
         settings["lse"] = lse
     actual = measure(lambda: streaming.attention_received(q, k, **settings, backend="triton"), shapes, 2**25)
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 / tokens)
+
+
+@pytest.mark.gpu
+def test_no_compilation_per_picture_size():
+    from illava.attention import column_sum_kernels as kernels
+
+    def compiled():
+        found = kernels.column_sums.fn, kernels.log_sum_exp.fn, kernels.finish
+        return [len(x.device_caches[torch.cuda.current_device()][0]) for x in found]
+
+    counts = []
+    for tokens in (1000, 1024, 777, 336, 129):
+        q, k = torch.randn(2, 1, tokens, 4, 80, dtype=BF16, device="cuda").transpose(2, 3).unbind()
+        at = torch.arange(tokens, device="cuda")[None]
+        places = dict(q_positions=at, k_positions=at, asked=slice(tokens // 3, None))
+        dense(q, k, scale=0.1, **places)
+        packed(q[0].transpose(0, 1), k[0].transpose(0, 1), [tokens], scale=0.1)
+        counts.append(compiled())
+    assert counts[1:] == counts[:-1]
 
 
 @pytest.mark.gpu

@@ -22,8 +22,9 @@ import triton.language as tl
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NEVER = tl.constexpr(2**31 - 1)
 LOG2_E = tl.constexpr(math.log2(math.e))
-# Specialising on any of these would compile anew for other picture sizes.
+# Specialising on any of these (or on their alignment) would compile anew for other picture sizes.
 SIZES = [
+    *("q_positions", "k_positions", "asked"),
     *("n_queries", "n_keys", "longest", "key_heads", "group", "head_splits", "row_splits", "splits"),
     *("stride_qb", "stride_qh", "stride_qi", "stride_kb", "stride_kh", "stride_ki"),
     *("stride_lb", "stride_lh", "stride_qpb", "stride_kpb", "stride_ab", "stride_pb", "stride_ps"),
@@ -31,14 +32,22 @@ SIZES = [
 ]
 
 
+# Block sizes to choose from: of what a program owns, of what it streams; then warps and stages. Products of
+# fp32 take three times the registers.
+HALF = [(64, 64, 4, 3), (128, 64, 4, 2), (64, 128, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2)]
+FULL = [(64, 64, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2)]
+
+
 def _configs() -> list[triton.Config]:
-    """Block sizes to choose from: of what a program owns, of what it streams, warps and stages."""
-    sizes = [(64, 64, 4, 3), (128, 64, 4, 2), (64, 128, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2)]
-    chosen = sizes[:1] if INTERPRETED else sizes  # the interpreter has no clock to choose by
+    sizes = HALF[:1] if INTERPRETED else HALF + FULL  # the interpreter has no clock to choose by
     return [
         triton.Config({"BLOCK_OWN": own, "BLOCK_OTHER": other}, num_warps=warps, num_stages=stages)
-        for own, other, warps, stages in chosen
+        for own, other, warps, stages in sizes
     ]
+
+
+def _suited(configs: list[triton.Config], arguments: dict, **_) -> list[triton.Config]:
+    return configs[len(HALF) :] if arguments["q"].element_size() == 4 else configs[: len(HALF)]
 
 
 @triton.jit
@@ -67,10 +76,11 @@ def _load(x, offsets, inside, stride_d, D: tl.constexpr, D1: tl.constexpr, D2: t
 
 @triton.jit
 def _products(a1, a2, b1, b2, D2: tl.constexpr):
-    """`[n, D] x [m, D]` to `[n, m]` in fp32; fp32 inputs are not rounded to tf32."""
-    x = tl.dot(a1, tl.trans(b1), input_precision="ieee")
+    """`[n, D] x [m, D]` to `[n, m]` in fp32. Three products of tf32 keep the digits of fp32 inputs."""
+    PRECISION: tl.constexpr = "tf32x3" if a1.dtype == tl.float32 else "ieee"
+    x = tl.dot(a1, tl.trans(b1), input_precision=PRECISION)
     if D2 > 0:
-        x = tl.dot(a2, tl.trans(b2), x, input_precision="ieee")
+        x = tl.dot(a2, tl.trans(b2), x, input_precision=PRECISION)
     return x
 
 
@@ -96,7 +106,7 @@ def _given_by(
     return tl.sum(given, axis=1)
 
 
-@triton.autotune(configs=_configs(), key=["D", "POSITIONS", "LONG"])
+@triton.autotune(_configs(), ["D", "POSITIONS", "LONG"], prune_configs_by={"early_config_prune": _suited})
 @triton.jit(do_not_specialize=SIZES)
 def column_sums(
     q, k, lse, q_positions, k_positions, asked, cu_seqlens, partial,
@@ -234,7 +244,7 @@ def finish(
     tl.store(out + b * stride_ob + u, means, mask=u * UNIT < n_keys)
 
 
-@triton.autotune(configs=_configs(), key=["D", "POSITIONS", "LONG"])
+@triton.autotune(_configs(), ["D", "POSITIONS", "LONG"], prune_configs_by={"early_config_prune": _suited})
 @triton.jit(do_not_specialize=SIZES)
 def log_sum_exp(
     q, k, q_positions, k_positions, cu_seqlens, out,

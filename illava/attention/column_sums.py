@@ -44,6 +44,7 @@ PROGRAMS_PER_PROCESSOR = 4
 LEAST_QUERIES, LEAST_KEYS = 256, 512
 NOMINAL_TILE = 128  # of the tiles that are tuned, when counting programs
 SHORT = 128  # spans up to here (windows) are tuned apart
+OPTIONS = {"enable_fp_fusion": True}  # s scale - L in one instruction, in every Triton
 
 _failed: set[str] = set()  # device types on which the kernel did not run
 
@@ -227,13 +228,14 @@ def column_sums(
             q, k, lse, q_positions, k_positions, asked, spans and spans.cu_seqlens, partial,
             *_vector_strides(q, align), *_vector_strides(k, align), *lse.stride(), *places, *sums[:2],
             queries, keys, longest, heads // group, group, heads_apart, queries_apart, float(scale),
-            *parts, spans is not None, ordered, chosen, longest > SHORT, align, kernels.INTERPRETED,
+            *parts, spans is not None, ordered, chosen, longest > SHORT,
+            align, kernels.INTERPRETED, **OPTIONS,
         )  # fmt: skip
         width = 1 << (unit - 1).bit_length()
         units = max(1, 64 // width)
         kernels.finish[(_ceil(keys // unit, units), batch)](
             partial, q_positions, k_positions, asked, out, *places, *sums, queries, keys, len(partial),
-            ordered, chosen, unit, width, units, 128,
+            ordered, chosen, unit, width, units, 128, **OPTIONS,
         )  # fmt: skip
     return out
 
@@ -270,7 +272,7 @@ def log_sum_exp(
             *_strides(q_positions), *_strides(k_positions), *partial.stride()[:3],
             queries, keys, longest, group, apart, float(scale),
             *parts, spans is not None, q_positions is not None, longest > SHORT,
-            align, kernels.INTERPRETED,
+            align, kernels.INTERPRETED, **OPTIONS,
         )  # fmt: skip
     return partial[0] if apart == 1 else partial.logsumexp(dim=0)
 
