@@ -73,10 +73,10 @@ def attention_importance(
 
     def received(columns: Tensor, positions: Tensor) -> Tensor:
         chosen = sequence.take_rows(q, columns[:, None].expand(-1, q.shape[1], -1))  # [B, H, T, D]
-        table = streaming.attention_received(
-            chosen, k, scale=scale, q_positions=positions, k_positions=k_positions
-        )
-        return table[:, -slots:]
+        return streaming.attention_received(
+            chosen, k, scale=scale, q_positions=positions, k_positions=k_positions,
+            asked=slice(k.shape[2] - slots, None),
+        )  # fmt: skip
 
     everyone = torch.arange(slots, device=q.device).expand(q.shape[0], -1)
     if queries == "all":

@@ -21,9 +21,10 @@ def attention_probabilities(q: Tensor, k: Tensor, *, scale: float, visible: Tens
         visible: `[B, Q, L]` bool, which keys a query sees; `None` for all.
 
     Returns:
-        `[B, H, Q, L]` in fp32. The row of a query that sees nothing is zero.
+        `[B, H, Q, L]` in fp32 (all of these in fp64 for fp64 inputs). The row of a query that sees
+        nothing is zero.
     """
-    scores = q.float() @ repeat_heads(k, q.shape[1]).float().transpose(-1, -2) * scale
+    scores = _scores(q, k, scale)
     if visible is None:
         return scores.softmax(dim=-1)
     return scores.masked_fill(~visible[:, None], float("-inf")).softmax(dim=-1).nan_to_num()
@@ -52,7 +53,12 @@ def attention_received(
 
 def log_sum_exp(q: Tensor, k: Tensor, *, scale: float, visible: Tensor | None = None) -> Tensor:
     """L_i of each query: `[B, H, Q]` in fp32. A statistic of the query, not of the key."""
-    scores = q.float() @ repeat_heads(k, q.shape[1]).float().transpose(-1, -2) * scale
+    scores = _scores(q, k, scale)
     if visible is not None:
         scores = scores.masked_fill(~visible[:, None], float("-inf"))
     return torch.logsumexp(scores, dim=-1)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.to(wide) @ repeat_heads(k, q.shape[1]).to(wide).transpose(-1, -2) * scale

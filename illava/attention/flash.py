@@ -22,7 +22,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from illava.attention import streaming
+from illava.attention import column_sums, streaming
 from illava.attention.spans import Spans
 
 BACKENDS = ("torch_cpu", "torch_varlen", "flash_attn_2", "blocks")
@@ -78,15 +78,36 @@ def varlen_attention(
     return out, lse
 
 
-def varlen_attention_received(q: Tensor, k: Tensor, lse: Tensor, spans: Spans, *, scale: float) -> Tensor:
-    """S_avg within each span, `[N]` in fp32.
+def varlen_attention_received(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    spans: Spans,
+    *,
+    scale: float,
+    unit: int = 1,
+    backend: str | None = None,
+) -> Tensor:
+    """S_avg within each span, `[N / unit]` in fp32.
 
     Args:
         q, k: `[N, H, D]` packed tokens.
         lse: `[N, H]` as `varlen_attention` yields it.
         spans: which tokens attend to each other.
         scale: factor on the scores.
+        unit: consecutive tokens averaged into one number; must divide N.
+        backend: `"triton"` or `"torch"`; `None` for what `column_sum_backend` chooses.
     """
+    if column_sums.chosen_backend(backend, q, k) == "triton":
+        found = column_sums.run_or_warn(
+            lambda: column_sums.column_sums(
+                _one_row(q), _one_row(k), scale=scale, lse=_one_row(lse), spans=spans, unit=unit
+            ),
+            q.device,
+            required=backend is not None,
+        )
+        if found is not None:
+            return found[0]
     received = q.new_empty(q.shape[0], dtype=torch.float32)
     for index, real in spans.tables():
         positions = None if real is None else real.long() - 1  # padding is -1, the rest 0
@@ -97,14 +118,25 @@ def varlen_attention_received(q: Tensor, k: Tensor, lse: Tensor, spans: Spans, *
             lse=lse[index].transpose(1, 2),  # [s, H, l]
             q_positions=positions,
             k_positions=positions,
+            backend="torch",
         )
         chosen = index if real is None else index[real]
         received[chosen] = table if real is None else table[real]
-    return received
+    return received if unit == 1 else received.unflatten(0, (-1, unit)).mean(dim=1)
 
 
-def varlen_log_sum_exp(q: Tensor, k: Tensor, spans: Spans, *, scale: float) -> Tensor:
+def varlen_log_sum_exp(
+    q: Tensor, k: Tensor, spans: Spans, *, scale: float, backend: str | None = None
+) -> Tensor:
     """L_i of each query over its span, `[N, H]` in fp32, without computing an output."""
+    if column_sums.chosen_backend(backend, q, k) == "triton":
+        found = column_sums.run_or_warn(
+            lambda: column_sums.log_sum_exp(_one_row(q), _one_row(k), scale=scale, spans=spans),
+            q.device,
+            required=backend is not None,
+        )
+        if found is not None:
+            return found[0].T
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     for index, real in spans.tables():
         positions = None if real is None else real.long() - 1
@@ -114,9 +146,15 @@ def varlen_log_sum_exp(q: Tensor, k: Tensor, spans: Spans, *, scale: float) -> T
             scale=scale,
             q_positions=positions,
             k_positions=positions,
+            backend="torch",
         ).transpose(1, 2)  # [s, l, H]
         lse[index if real is None else index[real]] = level if real is None else level[real]
     return lse
+
+
+def _one_row(x: Tensor) -> Tensor:
+    """Packed tokens as one row of a batch: `[N, H, ...]` to `[1, H, N, ...]`, no copy."""
+    return x.transpose(0, 1)[None]
 
 
 def has_varlen() -> bool:

@@ -3,6 +3,7 @@
 A block of scores lives in one buffer that is used again and again, small enough to stay in a CPU's
 cache. Where the attention kernel has given L_i, it rides along as one more channel of the queries
 (against a channel of ones in the keys), so that a single matrix product yields q_i k_j scale - L_i.
+On CUDA a Triton kernel takes over where `column_sum_backend` says so.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from illava.attention import column_sums
 
 # Scores held at once: 4 MiB in fp32 on a CPU, where they should stay in the cache, 64 MiB elsewhere.
 BLOCK_ELEMENTS_CPU = 2**20
@@ -25,6 +28,9 @@ def attention_received(
     lse: Tensor | None = None,
     q_positions: Tensor | None = None,
     k_positions: Tensor | None = None,
+    asked: slice | Tensor | None = None,
+    unit: int = 1,
+    backend: str | None = None,
 ) -> Tensor:
     """S_avg, as `definition.attention_received`, streamed over blocks of queries.
 
@@ -39,10 +45,47 @@ def attention_received(
         q_positions, k_positions: `[B, Q]` and `[B, L]`; a query sees a key whose position is not
             after its own. A negative position marks padding, which sees and is seen by nothing.
             `None` when every query sees every key.
+        asked: the keys asked for, if not all: a range of the L, or a table `[B, J]` of their places,
+            negative for padding.
+        unit: consecutive keys (of those asked for) averaged into one number; must divide J.
+        backend: `"triton"` or `"torch"`; `None` for what `column_sum_backend` chooses.
 
     Returns:
-        `[B, L]` in fp32; a key that no query sees receives 0.
+        `[B, J / unit]` in fp32, J = L if all are asked for; padding and a key that no query sees
+        receive 0.
     """
+    if column_sums.chosen_backend(backend, q, k) == "triton":
+        received = column_sums.run_or_warn(
+            lambda: column_sums.column_sums(
+                q, k, scale=scale, lse=lse, q_positions=q_positions, k_positions=k_positions,
+                asked=asked, unit=unit,
+            ),
+            q.device,
+            required=backend is not None,
+        )  # fmt: skip
+        if received is not None:
+            return received
+    if isinstance(asked, slice) and lse is not None:
+        k = k[:, :, asked]
+        k_positions = None if k_positions is None else k_positions[:, asked]
+        asked = None
+    received = _attention_received(q, k, scale, lse, q_positions, k_positions)
+    if isinstance(asked, slice):
+        received = received[:, asked]
+    elif asked is not None:
+        received = received.gather(1, asked.clamp(min=0)).masked_fill(asked < 0, 0.0)
+    return received if unit == 1 else received.unflatten(1, (-1, unit)).mean(dim=2)
+
+
+def _attention_received(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    lse: Tensor | None,
+    q_positions: Tensor | None,
+    k_positions: Tensor | None,
+) -> Tensor:
+    """The same in plain torch, for all keys: `[B, L]`."""
     batch, heads, length, _ = q.shape
     level = None
     if lse is not None:
@@ -70,8 +113,19 @@ def log_sum_exp(
     scale: float,
     q_positions: Tensor | None = None,
     k_positions: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """L_i of each query, streamed. Arguments as above; returns `[B, H, Q]` in fp32."""
+    if column_sums.chosen_backend(backend, q, k) == "triton":
+        level = column_sums.run_or_warn(
+            lambda: column_sums.log_sum_exp(
+                q, k, scale=scale, q_positions=q_positions, k_positions=k_positions
+            ),
+            q.device,
+            required=backend is not None,
+        )
+        if level is not None:
+            return level
     parts = [
         scores.logsumexp(dim=-1)
         for _, _, _, scores in _score_blocks(q, k, scale, None, q_positions, k_positions)
