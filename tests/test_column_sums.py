@@ -232,7 +232,7 @@ SETTINGS = {
     "few queries count": (4, 2, WIDE.masked_fill(WIDE % 9 != 3, -1), WIDE),
     "the last query": (4, 2, torch.full((2, 1), 99), WIDE.masked_fill(WIDE < 30, -1)),
     "a cache before": (2, 1, WIDE[:, 36:], WIDE),
-    "a block and one query need a mask": (2, 1, WIDE - 2, WIDE),
+    "a block and one query need a mask": (2, 1, (WIDE - 2).clamp(min=0), WIDE),
     "keys nobody sees": (2, 2, WIDE[:, :70], WIDE),
     "nobody counts": (2, 2, torch.full((2, 5), -1), WIDE),
     "no query": (2, 2, torch.zeros(2, 0, dtype=torch.long), WIDE),
