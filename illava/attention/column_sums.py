@@ -210,9 +210,8 @@ def column_sums(
         return q.new_zeros((batch, keys // unit), dtype=torch.float32)
     from illava.attention import column_sum_kernels as kernels
 
-    if q_positions is not None:  # who is padding or sees nothing gives nothing
-        idle = (q_positions < 0)[:, None] | lse.isneginf()
-        lse = lse.masked_fill(idle, math.inf)
+    if q_positions is not None:  # padding gives nothing
+        lse = lse.masked_fill((q_positions < 0)[:, None], math.inf)
     blocks, longest = (batch, keys) if spans is None else (len(spans.lengths), spans.longest)
     tiles = max(blocks, batch * _ceil(keys, NOMINAL_TILE))
     most = (queries if spans is None else longest) // LEAST_QUERIES
