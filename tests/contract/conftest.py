@@ -1,7 +1,7 @@
 import pytest
-from contract import tools
 
 import illava
+from contract import tools
 
 
 @pytest.fixture(autouse=True)
