@@ -10,6 +10,8 @@ from zoo.common import V5, Image, scale_weights, tokenizer, words
 PAD, EOS = "<|endoftext|>", "<|im_end|>"
 START, END = "<|vision_start|>", "<|vision_end|>"
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
+# transformers 5 warns unless it is told whether to cap the pixels of a frame; 4.57 has no cap.
+CAP = {"cap_pixels_per_frame": False} if V5 else {}
 SPECIAL = [PAD, EOS, START, END, IMAGE, VIDEO]
 
 

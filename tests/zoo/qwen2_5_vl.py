@@ -26,7 +26,7 @@ def processor():
     return transformers.Qwen2_5_VLProcessor(
         image_processor=qwen.image_processor(**SIZES),
         tokenizer=qwen.qwen_tokenizer(),
-        video_processor=transformers.Qwen2VLVideoProcessor(**SIZES),
+        video_processor=transformers.Qwen2VLVideoProcessor(**SIZES, **qwen.CAP),
     )
 
 

@@ -46,12 +46,10 @@ VIT_LAYERS, LLM_LAYERS = (0, 1, 2), (0, 2)
 @functools.cache
 def processor():
     sizes = dict(size={"shortest_edge": 32 * 32, "longest_edge": 2**20}, patch_size=16)
-    # transformers 5 warns unless it is told whether to cap the pixels of a frame; 4.57 has no cap.
-    cap = {"cap_pixels_per_frame": False} if V5 else {}
     return transformers.Qwen3VLProcessor(
         image_processor=qwen.image_processor(image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5], **sizes),
         tokenizer=qwen.qwen_tokenizer(TIMES),
-        video_processor=transformers.Qwen3VLVideoProcessor(**sizes, **cap),
+        video_processor=transformers.Qwen3VLVideoProcessor(**sizes, **qwen.CAP),
     )
 
 
