@@ -66,7 +66,8 @@ def find_seams(model: nn.Module) -> Seams:
 def layout(seams: Seams, call: Mapping[str, Any]) -> Layout:
     """Of one encoder call: a tile a row, CLS and then its patches line by line."""
     tiles, _, height, width = call["pixel_values"].shape
-    patch_height, patch_width = seams.tower.config.patch_size
+    patch = seams.tower.config.patch_size
+    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
     height, width = height // patch_height, width // patch_width
     return Layout(
         ((1, height, width),) * tiles, seams.merge_size, raster=True, prefix=1, row_tokens=1 + height * width

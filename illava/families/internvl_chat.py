@@ -22,12 +22,15 @@ from torch import Tensor, nn
 
 from illava.errors import SeamError
 from illava.families import visual
-from illava.families.layout import Layout, Survivors, spread_tiles
+from illava.families.internvl import layout
+from illava.families.layout import Survivors, spread_tiles
 from illava.families.parts import part, used_blocks
 from illava.families.seams import Observed, Projector, Seams
 from illava.families.visual import VisualInput
 from illava.plan import LLM_PAPER, VIT_PAPER
 from illava.schedule import scale_layers
+
+__all__ = ["find_seams", "joining_methods", "layout", "visual_input"]
 
 
 def find_seams(model: nn.Module) -> Seams:
@@ -78,16 +81,6 @@ def find_seams(model: nn.Module) -> Seams:
         vit_default=scale_layers(*VIT_PAPER, len(blocks)),
         llm_default=scale_layers(*LLM_PAPER, len(layers)),
         scoring_layers=frozenset(range(len(layers))),
-    )
-
-
-def layout(seams: Seams, call: Mapping[str, Any]) -> Layout:
-    """Of one encoder call: a tile a row, CLS and then its patches line by line."""
-    tiles, _, height, width = call["pixel_values"].shape
-    patch = seams.tower.config.patch_size
-    height, width = height // patch, width // patch
-    return Layout(
-        ((1, height, width),) * tiles, seams.merge_size, raster=True, prefix=1, row_tokens=1 + height * width
     )
 
 
