@@ -7,10 +7,10 @@ filled with NaN in that process, so that a number nobody wrote is seen.
 
 import math
 import multiprocessing
-import os
 import re
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from importlib.util import find_spec
 
 import pytest
@@ -89,7 +89,13 @@ def interpreter():
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare_worker) as worker:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "1")
-            worker.submit(os.getpid).result()  # starts the process
+            tiny = torch.ones(1, 1, 1, 16)
+            try:
+                worker.submit(dense_log_sum_exp, tiny, tiny, scale=1.0).result()  # starts the process
+            except Exception as error:
+                if "only 0-dimensional arrays" not in str(error):
+                    raise
+                pytest.skip("the interpreter of this old Triton cannot loop with this NumPy")
         yield lambda function, *args, **more: worker.submit(function, *args, **more).result()
 
 
@@ -461,7 +467,7 @@ def compile_for(capability, kernel, size, *, packed, unit=4):
 )
 def test_compiles_to_a_pipeline_of_wide_copies(kernel, size, packed, tmp_path, monkeypatch):
     """Queries (or keys) are copied ahead of use, 16 bytes at a time: easily lost in a small change."""
-    pytest.importorskip("triton", minversion="3.3")
+    pytest.importorskip("triton", minversion="3.4")  # older ones tune only where there is a GPU
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     ptx = compile_for(90, kernel, size, packed=packed)
     assert "wgmma" in ptx
@@ -475,6 +481,7 @@ def test_compiles_to_a_pipeline_of_wide_copies(kernel, size, packed, tmp_path, m
 # ---------------------------------------------------------------- at real sizes, on a GPU
 
 
+@cache
 def device_limits():
     """Bytes, bf16 operations and exponentials per second: the first two measured, the last by clock."""
     from triton.runtime import driver

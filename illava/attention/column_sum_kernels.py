@@ -38,16 +38,20 @@ HALF = [(64, 64, 4, 3), (128, 64, 4, 2), (64, 128, 4, 2), (128, 64, 8, 3), (128,
 FULL = [(64, 64, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2)]
 
 
-def _configs() -> list[triton.Config]:
-    sizes = HALF[:1] if INTERPRETED else HALF + FULL  # the interpreter has no clock to choose by
-    return [
-        triton.Config({"BLOCK_OWN": own, "BLOCK_OTHER": other}, num_warps=warps, num_stages=stages)
-        for own, other, warps, stages in sizes
-    ]
-
-
 def _suited(configs: list[triton.Config], arguments: dict, **_) -> list[triton.Config]:
     return configs[len(HALF) :] if arguments["q"].element_size() == 4 else configs[: len(HALF)]
+
+
+def _tuned(kernel):
+    """Chooses block sizes by the clock; the interpreter has none."""
+    if INTERPRETED:
+        return triton.heuristics({"BLOCK_OWN": lambda _: 64, "BLOCK_OTHER": lambda _: 64})(kernel)
+    configs = [
+        triton.Config({"BLOCK_OWN": own, "BLOCK_OTHER": other}, num_warps=warps, num_stages=stages)
+        for own, other, warps, stages in HALF + FULL
+    ]
+    key = ["D", "POSITIONS", "LONG"]  # and types, which Triton adds
+    return triton.autotune(configs, key, prune_configs_by={"early_config_prune": _suited})(kernel)
 
 
 @triton.jit
@@ -106,7 +110,7 @@ def _given_by(
     return tl.sum(given, axis=1)
 
 
-@triton.autotune(_configs(), ["D", "POSITIONS", "LONG"], prune_configs_by={"early_config_prune": _suited})
+@_tuned
 @triton.jit(do_not_specialize=SIZES)
 def column_sums(
     q, k, lse, q_positions, k_positions, asked, cu_seqlens, partial,
@@ -244,7 +248,7 @@ def finish(
     tl.store(out + b * stride_ob + u, means, mask=u * UNIT < n_keys)
 
 
-@triton.autotune(_configs(), ["D", "POSITIONS", "LONG"], prune_configs_by={"early_config_prune": _suited})
+@_tuned
 @triton.jit(do_not_specialize=SIZES)
 def log_sum_exp(
     q, k, q_positions, k_positions, cu_seqlens, out,

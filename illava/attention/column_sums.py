@@ -3,7 +3,7 @@
     S_avg[j] = 1/(H n_j) sum_h sum_{i sees j} exp(scale q_i k_j - L_i)
 
 **Which grid.** A program owns a tile of keys, holds their vectors and streams past them the queries
-that see any of them, so a key's sum never leaves its program: no atomics, the same bits on every run.
+that see any of them, so a key's sum never leaves its program: no atomics, the same bits every time.
 Tiles alone leave a GPU idle (16,384 keys are 128 to 256 tiles), so programs also split the key heads,
 then the queries; each writes its sums, `[splits, keys]` in fp32, and a second small kernel adds them in
 a fixed order, divides by the n_j it counts from the positions and averages over merge units. Spans
@@ -16,8 +16,8 @@ keys, from the second-level cache where it holds them. A visible pair costs 2 D 
 exponential per query head, as attention's own first product does; `Shapes` counts, `floor_seconds`
 turns counts into time. Without L a first kernel computes it, at as many operations again.
 
-Block sizes are tuned at the first call for a head size, a type, a kind of mask, and short or long
-spans; never per length.
+Block sizes are tuned at the first call (some seconds) for a head size, a type, a kind of mask, and short
+or long spans; never per length. A process keeps them; another may choose others, and round otherwise.
 Notation for tensor shapes: B rows, N packed tokens, S spans, H query heads, K key heads, Q queries, L keys,
 J keys asked for, D head size.
 """
