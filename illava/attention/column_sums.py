@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from threading import Lock
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ SHORT = 128  # spans up to here (windows) are tuned apart
 OPTIONS = {"enable_fp_fusion": True}  # s scale - L in one instruction, in every Triton
 
 _failed: set[str] = set()  # device types on which the kernel did not run
+_launching = Lock()  # Triton's tuner keeps a call's arguments in itself
 
 
 def column_sum_backend(
@@ -222,7 +224,7 @@ def column_sums(
     places = *_strides(q_positions), *_strides(k_positions), *_strides(asked)
     sums = *partial.stride()[:2], *out.stride()[:1]
     ordered, chosen = q_positions is not None, asked is not None
-    with torch.cuda.device_of(q):
+    with _launching, torch.cuda.device_of(q):
         kernels.column_sums[lambda meta: (blocks * _ceil(longest, meta["BLOCK_OWN"]), len(partial))](
             q, k, lse, q_positions, k_positions, asked, spans and spans.cu_seqlens, partial,
             *_vector_strides(q, align), *_vector_strides(k, align), *lse.stride(), *places, *sums[:2],
@@ -264,7 +266,7 @@ def log_sum_exp(
     _, apart = _splits(tiles, 1, most, q.device)
     partial = q.new_empty((apart, batch, heads, queries), dtype=torch.float32)
     align = _alignment(q, k)
-    with torch.cuda.device_of(q):
+    with _launching, torch.cuda.device_of(q):
         kernels.log_sum_exp[lambda meta: (blocks * _ceil(longest, meta["BLOCK_OWN"]), heads, apart)](
             q, k, q_positions, k_positions, spans and spans.cu_seqlens, partial,
             *_vector_strides(q, align), *_vector_strides(k, align),
