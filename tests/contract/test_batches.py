@@ -54,6 +54,26 @@ def test_a_long_text_beside_a_short_picture(family):
             assert ids[number].tolist() == alone_ids[0].tolist()
 
 
+@pytest.mark.capability("padded batch")
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@tools.each_family
+def test_rows_of_one_length_that_merging_makes_ragged(family, attention):
+    """Nothing is padded by the caller, so only illava knows of the padding there is after a merge."""
+    model = tools.build(family, attention)
+    picture = tools.pictures_of(zoo.FAMILIES[family].KINDS["one picture"])[0]
+    length = tools.prompt(family, [2, picture, 3])["input_ids"].shape[1]
+    words = 1 + length - tools.prompt(family, [1])["input_ids"].shape[1]
+    rows = [[words], [2, picture, 3]]
+    inputs = tools.prompt(family, *rows)
+    assert inputs["attention_mask"].all()
+    with tools.patch(model, family, **tools.DEEP):
+        ids, logits, _ = tools.greedy(model, inputs)
+        for number, row in enumerate(rows):
+            alone_ids, alone, _ = tools.greedy(model, tools.prompt(family, row, seeds=[number]))
+            torch.testing.assert_close(logits[number], alone[0], atol=1e-4, rtol=1e-4)
+            assert ids[number].tolist() == alone_ids[0].tolist()
+
+
 @pytest.mark.capability("beams")
 @tools.each_family
 def test_beams(family):

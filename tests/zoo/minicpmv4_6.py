@@ -28,6 +28,7 @@ from transformers import MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration
 from zoo.common import Image, Video, scale_weights, tokenizer, words
 
 NAME = "minicpmv4_6"
+LIMITS = {"turns": "pad between turns: the state of its linear attention runs on over padding"}
 FOURFOLD = "4x"
 PATCH = 4
 

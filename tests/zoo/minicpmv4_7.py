@@ -23,6 +23,7 @@ from zoo.minicpmv4_6 import (
     BEAMS,  # noqa: F401
     FOURFOLD,  # noqa: F401
     KINDS,  # noqa: F401
+    LIMITS,  # noqa: F401
     LLM_LAYERS,  # noqa: F401
     VIT_LAYERS,  # noqa: F401
     config_of,
