@@ -167,3 +167,21 @@ def test_an_answer_to_a_new_picture(family):
                 logits.append(tools.forward(model, call | extra).logits)
             results.append(torch.cat(logits, dim=1))
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.capability("turns with new pictures")
+@tools.each_family
+def test_pictures_after_a_padded_turn_of_text(family):
+    """The first turn's padding lies in a cache that no merge has touched yet; nobody may see it."""
+    model, results = tools.build(family), []
+    first_rows = [(0, [9]), (1, [4])]
+    picture = tools.pictures_of(zoo.FAMILIES[family].KINDS["one picture"])[0]
+    with tools.patch(model, family, **tools.DEEP):
+        for group in (first_rows, first_rows[:1], first_rows[1:]):
+            seeds = [seed for seed, _ in group]
+            first = tools.prompt(family, *(row for _, row in group), seeds=seeds)
+            out = tools.generate(model, first, do_sample=False, return_dict_in_generate=True)
+            second = tools.prompt(family, *[[3, picture, 4]] * len(group), seeds=[seed + 5 for seed in seeds])
+            inputs = follow_up(model, first, out.sequences, second, out.past_key_values)
+            results.append(tools.forward(model, inputs).logits)
+    torch.testing.assert_close(results[0], torch.cat(results[1:]), atol=1e-4, rtol=1e-4)
