@@ -1,0 +1,197 @@
+"""Pictures and clips for the readers, drawn by seeded code: digits, shapes and writing over photographs.
+
+A picture is a photograph with a few small things on it, so most of it says nothing about any question, as in
+real pictures. Things stand in the cells of a coarse grid, shifted a little: "left of" is then well defined.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image, ImageDraw
+from readers import material
+
+CELLS = {96: 2, 128: 3, 192: 4, 256: 5}  # cells a side of a picture of so many pixels
+WRITING = "writing"
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One thing in a picture.
+
+    Attributes:
+        kind: "digit", one of the shapes, or "writing".
+        name: what an answer calls it: "seven", "circle", or the string that is written.
+        colour: its colour's name.
+        row, column: its cell.
+    """
+
+    kind: str
+    name: str
+    colour: str
+    row: int
+    column: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture and what is in it.
+
+    Attributes:
+        pixels: `[height, width, 3]` uint8.
+        things: what was drawn.
+    """
+
+    pixels: np.ndarray
+    things: tuple[Thing, ...]
+
+    def of_kind(self, kind: str) -> list[Thing]:
+        """The things of a kind, in the order they were drawn."""
+        return [thing for thing in self.things if thing.kind == kind]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video: `[frames, height, width, 3]` uint8, and its digits in the order of their appearance."""
+
+    pixels: np.ndarray
+    things: tuple[Thing, ...]
+    first_frames: tuple[int, ...] = field(default=())
+
+
+def background(rng: np.random.Generator, split: str, side: int) -> np.ndarray:
+    """A crop of a photograph, `[side, side, 3]` float32 in 0 to 255, mirrored and dimmed at random."""
+    photographs = material.photographs(split)
+    photograph = photographs[rng.integers(len(photographs))]
+    crop = int(rng.integers(96, min(photograph.size) // 2 + 97))
+    left = int(rng.integers(photograph.width - crop + 1))
+    top = int(rng.integers(photograph.height - crop + 1))
+    box = (left, top, left + crop, top + crop)
+    pixels = np.asarray(photograph.resize((side, side), Image.Resampling.BILINEAR, box=box), np.float32)
+    if rng.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    return pixels * rng.uniform(0.5, 1.0) + rng.uniform(0, 40)
+
+
+def draw_ink(canvas: np.ndarray, ink: np.ndarray, top: int, left: int, colour: np.ndarray) -> None:
+    """Blend ink `[h, w]` in a colour into `canvas` in place, with a faint edge of the opposite brightness."""
+    height, width = ink.shape
+    part = canvas[top : top + height, left : left + width]
+    halo = np.zeros_like(ink)
+    halo[1:] = np.maximum(halo[1:], ink[:-1])
+    halo[:-1] = np.maximum(halo[:-1], ink[1:])
+    halo[:, 1:] = np.maximum(halo[:, 1:], ink[:, :-1])
+    halo[:, :-1] = np.maximum(halo[:, :-1], ink[:, 1:])
+    edge = 255.0 if colour @ (0.3, 0.6, 0.1) < 90 else 0.0
+    part += (0.6 * halo)[..., None] * (edge - part)
+    part += ink[..., None] * (colour - part)
+
+
+def _shade(rng: np.random.Generator, colour: str) -> np.ndarray:
+    return np.clip(np.array(material.COLOURS[colour]) + rng.normal(0, 10, 3), 0, 255)
+
+
+def _draw(canvas, rng, split, thing: Thing, cell: int) -> None:
+    if thing.kind == WRITING:
+        _write(canvas, rng, split, thing, cell)
+        return
+    shortest = 0.62 if thing.kind == "digit" else 0.4
+    size = int(rng.uniform(shortest, shortest + 0.24) * cell)
+    if thing.kind == "digit":
+        number = material.NUMBERS.index(thing.name)
+        which = int(rng.integers(len(material.digits(split)[number])))
+        ink = material.ink(split, number, which, size)
+    else:
+        ink = material.shape_ink(thing.kind, size)
+    top = thing.row * cell + int(rng.integers(cell - size + 1))
+    left = thing.column * cell + int(rng.integers(cell - size + 1))
+    draw_ink(canvas, ink, top, left, _shade(rng, thing.colour))
+
+
+def _write(canvas, rng, split, thing: Thing, cell: int) -> None:
+    """Writing of 13 to 18 pixels within two cells side by side, whatever the size of the picture."""
+    names = material.font_names(split)
+    font = material.font(names[rng.integers(len(names))], int(rng.integers(13, 19)))
+    left, top, right, bottom = font.getbbox(thing.name)
+    width, height = right - left + 2, bottom - top + 2
+    ink = Image.new("L", (width, height))
+    ImageDraw.Draw(ink).text((1 - left, 1 - top), thing.name, font=font, fill=255)
+    y = thing.row * cell + int(rng.integers(max(1, cell - height + 1)))
+    x = thing.column * cell + int(rng.integers(max(1, 2 * cell - width + 1)))
+    draw_ink(canvas, np.asarray(ink, np.float32) / 255, y, x, _shade(rng, thing.colour))
+
+
+def _finish(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    noise = rng.normal(0, 4, canvas.shape).astype(np.float32)
+    return np.clip(canvas + noise, 0, 255).astype(np.uint8)
+
+
+def _colours(rng: np.random.Generator, count: int) -> list[str]:
+    """Colours of `count` digits, some shared, so that counting by colour has something to do."""
+    names = list(rng.permutation(list(material.COLOURS)))
+    colours = names[: min(count, len(names))] + list(rng.choice(names, max(0, count - len(names))))
+    if count > 2 and rng.random() < 0.6:
+        shared = int(rng.integers(1, count - 1))
+        colours[:shared] = [colours[0]] * shared
+    return [str(colour) for colour in rng.permutation(colours)]
+
+
+def picture(
+    rng: np.random.Generator, split: str, side: int, *, digits: int, shapes: int = 0, writing: bool = False
+) -> Scene:
+    """Draw one picture of `side` x `side` pixels.
+
+    Args:
+        digits, shapes: how many of each. Cells that writing takes reduce what fits.
+        writing: whether a string is written in it, over two cells side by side.
+    """
+    cells = CELLS[side]
+    cell = side // cells
+    free = {(row, column) for row in range(cells) for column in range(cells)}
+    colour_names = list(material.COLOURS)
+    things = []
+    if writing:
+        row, column = int(rng.integers(cells)), int(rng.integers(cells - 1))
+        free -= {(row, column), (row, column + 1)}
+        string, colour = material.written(rng, split), str(rng.choice(colour_names))
+        things.append(Thing(WRITING, string, colour, row, column))
+    places = [sorted(free)[i] for i in rng.permutation(len(free))]
+    digits = min(digits, len(places))
+    for colour in _colours(rng, digits):
+        things.append(Thing("digit", material.NUMBERS[rng.integers(10)], colour, *places.pop()))
+    for _ in range(min(shapes, len(places))):
+        kind = material.SHAPES[rng.integers(len(material.SHAPES))]
+        things.append(Thing(kind, kind, str(rng.choice(colour_names)), *places.pop()))
+    canvas = background(rng, split, side)
+    for thing in things:
+        _draw(canvas, rng, split, thing, cell)
+    return Scene(_finish(canvas, rng), tuple(things))
+
+
+def clip(rng: np.random.Generator, split: str, side: int, *, frames: int, digits: int) -> Clip:
+    """Draw a clip in which digits appear one after another, each for a while, over a still photograph.
+
+    Appearances begin on even frames, at least two frames apart: encoders that take frames in pairs see each
+    in a pair of its own.
+    """
+    cells = CELLS[side]
+    cell = side // cells
+    places = rng.permutation(cells * cells)[:digits]
+    names = rng.permutation(material.NUMBERS)[:digits]
+    colours = rng.permutation(list(material.COLOURS))[:digits]
+    starts = np.sort(rng.permutation(frames // 2)[:digits]) * 2
+    still = background(rng, split, side)
+    video = np.repeat(still[None], frames, 0)
+    things = []
+    for place, name, colour, start in zip(places, names, colours, starts, strict=True):
+        thing = Thing("digit", str(name), str(colour), int(place) // cells, int(place) % cells)
+        drawn = still.copy()
+        _draw(drawn, rng, split, thing, cell)
+        changed = np.any(drawn != still, axis=-1)  # only its own pixels: others may be on screen
+        end = int(start) + 2 * int(rng.integers(1, 3))
+        for frame in range(int(start), min(end, frames)):
+            video[frame][changed] = drawn[changed]
+        things.append(thing)
+    pixels = np.stack([_finish(frame, rng) for frame in video])
+    return Clip(pixels, tuple(things), tuple(int(start) for start in starts))
