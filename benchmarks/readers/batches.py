@@ -59,9 +59,9 @@ class Composer:
 
     def __init__(self, model, processor) -> None:
         self._core, self._processor = model.model, processor
-        self._tokenizer = processor.tokenizer
+        self.tokenizer = processor.tokenizer
         self._family = model.config.model_type
-        self._text = functools.cache(lambda text: self._tokenizer(text, add_special_tokens=False).input_ids)
+        self._text = functools.cache(lambda text: self.tokenizer(text, add_special_tokens=False).input_ids)
         self._prefixes: dict = {}
 
     def __call__(self, items: list[Item]) -> Batch:
@@ -70,7 +70,7 @@ class Composer:
         rows = [[self._one(question, end) for question in item.questions] for item in items]
         length = len(begin) + max(sum(len(ids) for ids, _ in row) for row in rows)
         shape = (len(items), length)
-        ids = torch.full(shape, self._tokenizer.pad_token_id)
+        ids = torch.full(shape, self.tokenizer.pad_token_id)
         place = positions[:, :, -1:].expand(-1, len(items), length).clone()  # [3 or 1, B, L]
         seen = torch.zeros(*shape, length, dtype=torch.bool)
         seen.diagonal(dim1=1, dim2=2).fill_(True)  # padding sees itself: no row of a softmax is empty
@@ -105,7 +105,7 @@ class Composer:
     def _one(self, question: Question, end: list[int]) -> tuple[list[int], int]:
         """The tokens from the question on, and where among them the answer begins."""
         asked = [*self._text(question.text), *end]
-        return [*asked, *self._text(question.answer), self._tokenizer.eos_token_id], len(asked)
+        return [*asked, *self._text(question.answer), self.tokenizer.eos_token_id], len(asked)
 
     def _prefix(self, item: Item) -> tuple[list[int], list[int], Tensor]:
         """Tokens before and after a question, and the positions `[3 or 1, 1, n]` of those before."""

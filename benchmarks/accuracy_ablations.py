@@ -1,0 +1,82 @@
+"""The plans that accuracy.py compares: the paper's ablations and the choices that were open.
+
+Each is illava's default, or the paper's plan, with one thing changed; `PLANS` names them, `GROUPS` says
+which table they stand in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from illava import Plan
+from illava.families.seams import Seams
+from illava.plan import LLM_PAPER, VIT_PAPER
+from illava.schedule import scale_layers
+
+Maker = Callable[[Seams, float], Plan]
+
+
+def _default(seams: Seams, reduction: float, **changes: Any) -> Plan:
+    return Plan(reduction=reduction, **changes)
+
+
+def _paper(seams: Seams, reduction: float, **changes: Any) -> Plan:
+    """The paper's layers at the same relative depth; its blocks of the encoder attend in windows."""
+    layers = {
+        "vit_layers": scale_layers(*VIT_PAPER, len(seams.blocks)),
+        "llm_layers": scale_layers(*LLM_PAPER, len(seams.layers)),
+    }
+    return Plan.paper(reduction, **layers | changes)
+
+
+def _only(stage: str) -> Maker:
+    other = "llm_layers" if stage == "encoder" else "vit_layers"
+    share = 1.0 if stage == "encoder" else 0.0
+    return partial(_default, **{other: ()}, encoder_share=share)
+
+
+GROUPS: dict[str, dict[str, Maker]] = {
+    "where": {  # the paper's table 4
+        "encoder only": _only("encoder"),
+        "LLM only": _only("llm"),
+    },
+    "rule": {  # tables 5; 4 and 7 of the first version
+        "rule: prune": partial(_default, merge="prune"),
+        "rule: linear": partial(_default, merge="linear"),
+        "rule: recycle": partial(_default, merge="recycle"),
+    },
+    "encoder share": {  # figure 6
+        f"encoder share {share}": partial(_default, encoder_share=share)
+        for share in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    },
+    "layers": {
+        "encoder 1, 2, 3": partial(_default, vit_layers=(1, 2, 3)),
+        "encoder 1, 3, 5": partial(_default, vit_layers=(1, 3, 5)),
+        "encoder 3": partial(_default, vit_layers=(3,)),
+        "encoder 3, 5": partial(_default, vit_layers=(3, 5)),
+        "encoder 5": partial(_default, vit_layers=(5,)),
+        "encoder 2, 4, 6": partial(_default, vit_layers=(2, 4, 6)),
+        "encoder 2, 4, 6, whole picture": partial(_default, vit_layers=(2, 4, 6), window_score="picture"),
+        "LLM 1, 2, 4": partial(_default, llm_layers=(1, 2, 4)),
+        "LLM 1": partial(_default, llm_layers=(1,)),
+        "LLM 2": partial(_default, llm_layers=(2,)),
+        "LLM 2, 4": partial(_default, llm_layers=(2, 4)),
+        "LLM 3, 5": partial(_default, llm_layers=(3, 5)),
+        "paper's layers, whole picture": partial(_paper, window_score="picture"),
+    },
+    "recycled": {
+        f"recycled {share}": partial(_default, recycled=share) for share in (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+    },
+    "members": {f"members {count}": partial(_default, members=count) for count in (2, 3, 5, 8, 12)},
+    "score": {
+        "score: attention": partial(_default, score="attention"),
+        "score: lse": partial(_default, score="lse"),
+        "paper, score: lse": partial(_paper, score="lse"),
+    },
+    "queries": {
+        f"queries: {name}": partial(_default, queries=name) for name in ("text", "all", "visual", "last")
+    },
+}
+PLANS: dict[str, Maker] = {name: make for group in GROUPS.values() for name, make in group.items()}

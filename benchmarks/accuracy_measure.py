@@ -1,0 +1,187 @@
+"""One measurement of accuracy.py: a reader, a method, a task, answered by `generate`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from readers import architectures, batches, tasks
+from readers.tasks import Item
+from rivals import RIVALS, Rival, area, match_compute
+from torch import nn
+
+import illava
+from illava import Plan
+
+UNIT_PX = architectures.UNIT
+PER_PASS = {"several": 8, "video": 8}  # items of one batch; others 16
+BUDGETS = ("tokens", "compute")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured.
+
+    Attributes:
+        reader: family of the reader, the name of its folder.
+        method: a rival's name, or a plan's of `accuracy_ablations`.
+        reduction: what illava is asked for, which the method is matched to.
+        budget: `"tokens"`: as many tokens after the last stage; `"compute"`: as much visual-token compute.
+        task: one of `tasks.TASKS`.
+        split: `"validation"` or `"test"`.
+    """
+
+    reader: str
+    method: str
+    reduction: float
+    budget: str
+    task: str
+    split: str
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What tells it from all others, as a CSV holds it."""
+        return (
+            self.reader, self.method, f"{self.reduction:.4f}", self.budget, self.task, self.split
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A trained reader and what turns items into its inputs."""
+
+    name: str
+    model: nn.Module
+    composer: batches.Composer
+    fingerprint: str
+
+    def visual_tokens(self, item: Item) -> int:
+        """Visual tokens of one picture, or of the video, of an item."""
+        inputs = self.composer.prompt(item, "?")
+        config = self.model.config
+        ids = [getattr(config, name, None) for name in ("image_token_id", "video_token_id")]
+        count = int(sum((inputs["input_ids"] == i).sum() for i in ids if i is not None))
+        return count // max(1, len(item.pictures))
+
+
+def load(folder: Path, device: torch.device) -> Reader:
+    """The reader of a checkpoint folder, in float32 on a CPU and in bfloat16 elsewhere."""
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16
+    )
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
+    return Reader(folder.name, model.to(device).eval(), batches.Composer(model, processor), digest)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method made ready for one reader and one size of picture.
+
+    Attributes:
+        patch: the context in which the model works by it.
+        prepare: what it does to pictures and videos.
+        final_ratio, area: what it leaves, and what it computes; of the visual tokens.
+    """
+
+    patch: Callable[[], Any]
+    prepare: Callable[[Any], Any]
+    final_ratio: float
+    area: float
+
+
+def ready(reader: Reader, cell: Cell, item: Item, plans: dict[str, Callable[..., Plan]]) -> Method | str:
+    """The cell's method at its strength, or why it has none."""
+    tokens = reader.visual_tokens(item)
+    rival = RIVALS.get(cell.method) or Rival(
+        cell.method, "", "both", plan_of=lambda seams, ratio: plans[cell.method](seams, 1 - ratio)
+    )
+    final_ratio = 1 - cell.reduction
+    if cell.budget == "compute" and rival.stages != "none":
+        target = area(reader.model, RIVALS["illava"], visual_tokens=tokens, final_ratio=final_ratio)
+        match = match_compute(reader.model, rival, visual_tokens=tokens, target=target)
+        if match.final_ratio is None:
+            return match.reason
+        final_ratio = match.final_ratio
+    if cell.method in ("illava", "unpatched") or cell.budget == "tokens":
+        final_ratio = 1.0 if cell.method == "unpatched" else 1 - cell.reduction
+    return Method(
+        patch=lambda: rival.patch(reader.model, final_ratio=final_ratio),
+        prepare=lambda x: rival.prepare([x], final_ratio=final_ratio, unit=UNIT_PX)[0],
+        final_ratio=final_ratio,
+        area=area(reader.model, rival, visual_tokens=tokens, final_ratio=final_ratio),
+    )
+
+
+def prepared(item: Item, method: Method) -> Item:
+    """The item as the method shows it to the model."""
+    video = None if item.video is None else method.prepare(item.video)
+    pictures = tuple(np.asarray(method.prepare(Image.fromarray(x))) for x in item.pictures)
+    return Item(pictures, video, item.questions)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's random state set for a method that draws, and put back."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+@torch.inference_mode()
+def answer(reader: Reader, items: list[Item]) -> list[str]:
+    """What the model, patched or not, says to each item's question."""
+    inputs = reader.composer.prompts(items, [item.questions[0].text for item in items])
+    inputs = inputs.to(reader.model.device)
+    ids = reader.model.generate(**inputs, do_sample=False, max_new_tokens=8)
+    said = reader.composer.tokenizer.batch_decode(
+        ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    return [text.strip() for text in said]
+
+
+def measure(
+    reader: Reader, method: Method, cell: Cell, numbers: range, progress: Callable[[int], None]
+) -> list[bool]:
+    """Which of the items are answered rightly, word for word."""
+    right: list[bool] = []
+    step = PER_PASS.get(cell.task, 16)
+    with method.patch(), seeded(0):
+        for start in range(numbers.start, numbers.stop, step):
+            items = [
+                prepared(tasks.held_out_item(cell.task, cell.split, number), method)
+                for number in range(start, min(start + step, numbers.stop))
+            ]
+            said = answer(reader, items)
+            right += [a == item.questions[0].answer for a, item in zip(said, items, strict=True)]
+            progress(len(items))
+    return right
+
+
+def versions() -> dict[str, str]:
+    """What a figure was measured with."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {
+        "illava": illava.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": device,
+    }
+
+
+def pack(right: list[bool]) -> str:
+    """Right and wrong, item by item, as hexadecimal."""
+    return np.packbits(np.array(right, bool)).tobytes().hex()
+
+
+def unpack(text: str, count: int) -> np.ndarray:
+    """The reverse of `pack`: `[count]` bool."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=count).astype(bool)

@@ -1,0 +1,151 @@
+"""Tables and plots of accuracy.py's CSV: what was measured, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from accuracy_measure import unpack
+from readers import tasks
+from rich.console import Console
+from rich.table import Table
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+Row = dict[str, str]
+IMAGE_TASKS = tuple(task for task in tasks.TASKS if task != "video")
+DRAWS = 2000  # of the bootstrap
+
+
+def wilson(right: int, items: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson, 1927), in 0 to 1."""
+    z, p = 1.96, right / items
+    middle = p + z * z / (2 * items)
+    half = z * np.sqrt(p * (1 - p) / items + z * z / (4 * items * items))
+    whole = 1 + z * z / items
+    return (middle - half) / whole, (middle + half) / whole
+
+
+def kept(rows: Sequence[Row], unpatched: Sequence[Row]) -> tuple[float, float, float] | None:
+    """Mean over tasks of the accuracy kept, with its 95 % interval.
+
+    The interval is a bootstrap over items, the same items drawn for both, since both answered the same.
+
+    Args:
+        rows, unpatched: a method's rows and the unpatched model's, one a task.
+
+    Returns:
+        Share of the unpatched accuracy, its lower and upper end; `None` unless every task is there.
+    """
+    if len(rows) != len(unpatched) or not rows or any(row["note"] for row in rows):
+        return None
+    rng, shares, whole = np.random.default_rng(0), [], []
+    for row, base in zip(rows, unpatched, strict=True):
+        count = min(int(row["items"]), int(base["items"]))
+        ours = unpack(row["bits"], int(row["items"]))[:count]
+        theirs = unpack(base["bits"], int(base["items"]))[:count]
+        drawn = rng.integers(count, size=(DRAWS, count))
+        shares.append(ours[drawn].mean(1) / np.maximum(theirs[drawn].mean(1), 1 / count))
+        whole.append(ours.mean() / max(theirs.mean(), 1 / count))
+    low, high = np.quantile(np.mean(shares, axis=0), (0.025, 0.975))
+    return float(np.mean(whole)), float(low), float(high)
+
+
+def groups(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], dict[str, dict[str, Row]]]:
+    """Rows by (reader, split, budget, reduction), then method, then task."""
+    found: dict = {}
+    for row in rows:
+        key = (row["reader"], row["split"], row["budget"], row["reduction"])
+        found.setdefault(key, {}).setdefault(row["method"], {})[row["task"]] = row
+    return dict(sorted(found.items()))
+
+
+def lines(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Every table: its title, its header and its rows, best method first."""
+    grouped, made = groups(rows), []
+    for (reader, split, budget, reduction), methods in grouped.items():
+        base = grouped.get((reader, split, "tokens", "0.0000"), {}).get("unpatched", {})
+        if float(reduction) == 0 or not base:
+            continue
+        shown = [t for t in tasks.TASKS if t in base and any(t in found for found in methods.values())]
+        of = [base[task] for task in shown]
+        matched = "the same compute" if budget == "compute" else "the same number of final tokens"
+        title = f"{reader}, {split} split, {float(reduction):.1%} removed, {matched}"
+        header = ["method", *shown, "kept", "compute"]
+        body = [(np.inf, ["unpatched", *(_share(row) for row in of), "100", "1.00"])]
+        for method, found in methods.items():
+            share = kept([found[t] for t in shown if t in found], of)
+            cells = [_share(found[t]) if t in found else "" for t in shown]
+            text = "" if share is None else f"{share[0]:.1%} ({share[1]:.1%} to {share[2]:.1%})"
+            areas = [float(row["area"]) for row in found.values() if row["area"]]
+            cells = [method, *cells, text, f"{np.mean(areas):.2f}" if areas else ""]
+            body.append((-np.inf if share is None else share[0], cells))
+        made.append((title, header, [cells for _, cells in sorted(body, key=lambda x: -x[0])]))
+    return made
+
+
+def _share(row: Row) -> str:
+    if row["note"]:
+        return "cannot"
+    right, items = int(row["right"]), int(row["items"])
+    low, high = wilson(right, items)
+    return f"{100 * right / items:.1f} ± {50 * (high - low):.1f}"
+
+
+def tables(console: Console, rows: Sequence[Row]) -> None:
+    """Every table on the console."""
+    for title, header, body in lines(rows):
+        table = Table(title=title)
+        table.add_column(header[0])
+        for name in header[1:]:
+            table.add_column(name, justify="right")
+        for cells in body:
+            table.add_row(*cells)
+        console.print(table)
+    for note in sorted({f"{row['method']}: {row['note']}" for row in rows if row["note"]}):
+        console.print(note, style="dim", highlight=False)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Every table for the README."""
+    parts = []
+    for title, header, body in lines(rows):
+        parts += [f"**{title}**", ""]
+        parts += [f"| {' | '.join(header)} |", "|---" + "|---:" * (len(header) - 1) + "|"]
+        parts += [f"| {' | '.join(cells)} |" for cells in body] + [""]
+    return "\n".join(parts)
+
+
+def plots(rows: Sequence[Row], stem: Path) -> None:
+    """Accuracy kept on the picture tasks against the reduction, a figure for each reader and budget."""
+    grouped = groups([row for row in rows if row["task"] != "video"])
+    for reader, split, budget in sorted({key[:3] for key in grouped}):
+        curves: dict[str, list[tuple[float, float, float, float]]] = {}
+        base = grouped.get((reader, split, "tokens", "0.0000"), {}).get("unpatched", {})
+        for key, methods in grouped.items():
+            for method, found in methods.items() if key[:3] == (reader, split, budget) else ():
+                both = [t for t in IMAGE_TASKS if t in found and t in base]
+                share = kept([found[t] for t in both], [base[t] for t in base if t != "video"])
+                if share and float(key[3]) > 0:
+                    curves.setdefault(method, []).append((float(key[3]), *share))
+        if not curves:
+            continue
+        figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+        best = sorted(curves.items(), key=lambda x: -x[1][-1][1])
+        for (method, points), marker in zip(best, "osv^<>DPX*hdp+x1234|_" * 3, strict=False):
+            x, y, low, high = np.array(sorted(points)).T
+            ours = method.startswith("illava")
+            axes.errorbar(
+                100 * x, 100 * y, 100 * np.maximum([y - low, high - y], 0), label=method, marker=marker,
+                capsize=2, linewidth=2.5 if ours else 1, alpha=1 if ours else 0.7,
+            )  # fmt: skip
+        matched = "compute" if budget == "compute" else "final tokens"
+        axes.set(xlabel="visual tokens removed, %", ylabel="accuracy kept, % of unpatched, picture tasks")
+        axes.set_title(f"{reader}, {split} split, the same {matched}")
+        axes.legend(fontsize="small", ncols=2)
+        for kind in ("svg", "png"):
+            figure.savefig(stem.with_name(f"{stem.name}_{reader}_{split}_{budget}.{kind}"), dpi=120)
+        plt.close(figure)
