@@ -7,19 +7,19 @@ the run done: one or two digits in small pictures first, everything at every siz
 
 from __future__ import annotations
 
+import argparse
 import copy
 import csv
 import sys
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
-import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -51,6 +51,23 @@ def settings(done: float) -> tuple[np.ndarray, float]:
 def rate(done: float, step: int, warmup: int = 100) -> float:
     """The share of the highest learning rate: a short rise, then level, then down over the last 30 %."""
     return min(1.0, (step + 1) / warmup, max(0.0, (1 - done) / 0.3) + 0.01)
+
+
+class Steps(Dataset):
+    """The batch of every step of a run; each follows from the seed and its number alone."""
+
+    def __init__(self, composer: batches.Composer, steps: int, size: float, seed: int) -> None:
+        self.composer, self.steps, self.size, self.seed = composer, steps, size, seed
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> batches.Batch:
+        chances, ease = settings(step / self.steps)
+        rng = np.random.default_rng([self.seed, step])
+        kind = list(KINDS)[rng.choice(len(KINDS), p=chances)]
+        kind = Kind(kind.name, kind.side, kind.count, max(1, round(kind.items * self.size)))
+        return self.composer(batches.sample(rng, kind, "train", ease=ease))
 
 
 def optimizers(model: nn.Module, highest: float) -> list[torch.optim.Optimizer]:
@@ -111,6 +128,8 @@ def restore(path: Path, model, parts, average) -> tuple[int, float]:
     if not path.exists():
         return 0, 0.0
     state = torch.load(path, weights_only=True, map_location="cpu")
+    if state["family"] != model.config.model_type:
+        raise SystemExit(f"{path} is of a {state['family']}: give another --state, or delete it")
     model.load_state_dict(state["model"])
     average.load_state_dict(state["average"])
     for optimizer, saved in zip(parts, state["optimizers"], strict=True):
@@ -118,54 +137,60 @@ def restore(path: Path, model, parts, average) -> tuple[int, float]:
     return state["step"], state["hours"]
 
 
-def main(
-    family: Annotated[str, typer.Argument(help=f"One of {', '.join(architectures.FAMILIES)}.")],
-    out: Annotated[Path, typer.Option(help="Folder for the checkpoint and its curves.")],
-    state: Annotated[Path, typer.Option(help="Folder for the state that an interrupted run goes on from.")],
-    steps: Annotated[int, typer.Option(help="Optimizer steps of the whole run.")] = 20_000,
-    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-3,
-    size: Annotated[float, typer.Option(help="Factor on the items of a batch, for a GPU.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of weights and pictures.")] = 0,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
-    every: Annotated[
-        int, typer.Option(help="Steps between validations, saved states and checkpoints.")
-    ] = 250,
-    start_from: Annotated[
-        Path | None, typer.Option(help="Checkpoint whose equal weights to begin with.")
-    ] = None,
-) -> None:
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("family", choices=architectures.FAMILIES)
+    add("--out", type=Path, required=True, help="folder for the checkpoint and its curves")
+    add("--state", type=Path, required=True, help="folder for what an interrupted run goes on from")
+    add("--steps", type=int, default=20_000, help="optimizer steps of the whole run")
+    add("--learning-rate", type=float, default=2e-3, help="the highest")
+    add("--size", type=float, default=1.0, help="factor on the items of a batch")
+    add("--seed", type=int, default=0, help="of weights and pictures")
+    add("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    add("--workers", type=int, default=0, help="processes that draw pictures, for a GPU")
+    add("--every", type=int, default=250, help="steps between validations, saved states and checkpoints")
+    add("--start-from", type=Path, help="checkpoint whose weights of equal shape to begin with")
+    return parser.parse_args()
+
+
+def main() -> None:
     """Train a reader, or go on training it."""
-    if threads:
-        torch.set_num_threads(threads)
+    options = parse()
+    family, steps, out, state = options.family, options.steps, options.out, options.state
+    if options.threads:
+        torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, processor = architectures.build(family, tasks.WORDS, seed=seed)
-    if start_from:
-        architectures.borrow(model, start_from)
-    composer = batches.Composer(model, processor)
+    model, processor = architectures.build(family, tasks.WORDS, seed=options.seed)
+    if options.start_from:
+        architectures.borrow(model, options.start_from)
     average = copy.deepcopy(model).to(device)  # what is validated and saved
     model.to(device)
     if family == "qwen2_5_vl":  # one call for all windows instead of one each
         illava.patch(model, reduction=0, fast_windows=True)
-    parts = optimizers(model, learning_rate)
+    parts = optimizers(model, options.learning_rate)
     state.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     step, hours = restore(state / "state.pt", model, parts, average)
-    kinds, losses, began = list(KINDS), [], time.monotonic()
+    composer = batches.Composer(copy.deepcopy(average).to("meta"), processor)
+    drawn = DataLoader(
+        Steps(composer, steps, options.size, options.seed),
+        batch_size=None, sampler=range(step, steps), num_workers=options.workers,
+        prefetch_factor=4 if options.workers else None,
+    )  # fmt: skip
+    losses, began = [], time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as bar:
         shown = bar.add_task(family, total=steps, completed=step)
-        while step < steps:
-            chances, ease = settings(step / steps)
-            rng = np.random.default_rng([seed, step])
-            kind = kinds[rng.choice(len(kinds), p=chances)]
-            kind = Kind(kind.name, kind.side, kind.count, max(1, round(kind.items * size)))
-            batch = composer(batches.sample(rng, kind, "train", ease=ease))
+        for batch in drawn:
             loss, right = answers(model, batch, device)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in parts:
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * rate(step / steps, step)
+                    group["lr"] = options.learning_rate * rate(step / steps, step)
                 optimizer.step()
                 optimizer.zero_grad()
             move(average, model, step)
@@ -175,7 +200,7 @@ def main(
                 loss, right = (float(torch.stack(x).mean()) for x in zip(*losses[-50:], strict=True))
                 bar.console.print(f"step {step}: loss {loss:.3f}, right {right:.3f}")
             bar.update(shown, completed=step)
-            if step % every == 0 or step == steps:
+            if step % options.every == 0 or step == steps:
                 spent = hours + (time.monotonic() - began) / 3600
                 save(model, average, processor, parts, step, spent, losses, state, out)
                 losses = []
@@ -185,7 +210,7 @@ def save(model, average, processor, parts, step, hours, losses, state, out) -> N
     """Validate the averaged weights, note it, and write checkpoint and state."""
     torch.save(
         {
-            "model": model.state_dict(), "average": average.state_dict(), "step": step, "hours": hours,
+            "family": model.config.model_type, "model": model.state_dict(), "average": average.state_dict(), "step": step, "hours": hours,
             "optimizers": [optimizer.state_dict() for optimizer in parts],
         },
         state / "new.pt",
@@ -206,4 +231,4 @@ def save(model, average, processor, parts, step, hours, losses, state, out) -> N
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()
