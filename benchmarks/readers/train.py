@@ -2,7 +2,8 @@
 
 One seeded run from random weights to a checkpoint folder, with a progress bar and curves; stopped at any time
 it goes on from its last saved state when the same command is given again. Difficulty rises with the share of
-the run done: one or two digits in small pictures first, everything at every size at the end.
+the run done: the encoder first learns to name what it sees (see `sight.py`), then questions about few digits
+in small pictures are asked, and in the end everything at every size.
 """
 
 from __future__ import annotations
@@ -25,19 +26,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from readers import architectures, batches, tasks  # noqa: E402
 from readers.batches import Kind  # noqa: E402
+from readers.sight import Sight  # noqa: E402
 
 import illava  # noqa: E402
 
-# Kinds of batches, and how often each is drawn in the first, second and last part of a run.
+# Kinds of batches, and how often each is drawn in each part of a run.
 KINDS = {
-    Kind("picture", 96, 1, 32): (0.70, 0.20, 0.10),
-    Kind("picture", 128, 1, 24): (0.20, 0.30, 0.20),
-    Kind("picture", 192, 1, 12): (0.0, 0.20, 0.40),
-    Kind("several", 96, 3, 12): (0.05, 0.10, 0.05),
-    Kind("several", 128, 4, 6): (0.0, 0.05, 0.10),
-    Kind("video", 96, 8, 12): (0.05, 0.15, 0.15),
+    Kind("picture", 96, 1, 32): (0.50, 0.40, 0.20, 0.10),
+    Kind("picture", 128, 1, 24): (0.30, 0.25, 0.25, 0.20),
+    Kind("picture", 192, 1, 12): (0.20, 0.15, 0.25, 0.40),
+    Kind("several", 96, 3, 12): (0.0, 0.10, 0.10, 0.05),
+    Kind("several", 128, 4, 6): (0.0, 0.0, 0.05, 0.10),
+    Kind("video", 96, 8, 12): (0.0, 0.10, 0.15, 0.15),
 }
-PARTS = (0.15, 0.5)  # where the second and the last part begin
+LOOKING = 0.08  # share of a run in which the encoder learns to see, the language model left out
+PARTS = (LOOKING, 0.25, 0.5)  # where the parts after the first begin
+SIGHT = 0.3  # weight of what the encoder sees beside the answers, thereafter
 HELD_OUT = 10**9  # added to the seed of validation pictures
 
 
@@ -45,7 +49,8 @@ def settings(done: float) -> tuple[np.ndarray, float]:
     """Chances of each kind and ease of the pictures, when a share `done` of the run is behind."""
     part = sum(done >= start for start in PARTS)
     chances = np.array([row[part] for row in KINDS.values()])
-    return chances / chances.sum(), max(0.0, 1.0 - done / PARTS[0])
+    ease = 0.0 if part == 0 else max(0.0, 0.7 * (1 - done / PARTS[1]))
+    return chances / chances.sum(), ease
 
 
 def rate(done: float, step: int, warmup: int = 100) -> float:
@@ -70,9 +75,9 @@ class Steps(Dataset):
         return self.composer(batches.sample(rng, kind, "train", ease=ease))
 
 
-def optimizers(model: nn.Module, highest: float) -> list[torch.optim.Optimizer]:
+def optimizers(model: nn.Module, sight: nn.Module, highest: float) -> list[torch.optim.Optimizer]:
     """Muon (Jordan 2024) for the matrices of blocks and layers, AdamW for all else."""
-    matrices, others = [], []
+    matrices, others = [], list(sight.parameters())
     for name, weight in model.named_parameters():
         inner = any(part in name for part in (".blocks.", ".layers.", ".layer."))
         (matrices if weight.ndim == 2 and inner else others).append(weight)
@@ -91,8 +96,21 @@ def move(average: nn.Module, model: nn.Module, step: int, keep: float = 0.998) -
         mean.lerp_(weight, 1 - keep)
 
 
-def answers(model, batch, device):
-    """Loss of a batch and, for each question, whether greedy decoding would answer it exactly."""
+def look(model, batch, device, sight):
+    """Loss of naming what the encoder sees, the language model left out, and the share named rightly."""
+    on = batches.simple(batch, device)
+    names = ("pixel_values", "image_grid_thw")
+    with torch.autocast(device.type, torch.bfloat16):
+        model.model.get_image_features(**{name: on.inputs[name] for name in names if name in on.inputs})
+    return sight(on.labels)
+
+
+def answers(model, batch, device, sight=None):
+    """Loss of a batch and, for each question, whether greedy decoding would answer it exactly.
+
+    Args:
+        sight: adds the loss of naming what the encoder sees.
+    """
     on = batches.simple(batch, device)
     with torch.autocast(device.type, torch.bfloat16):
         hidden = model.model(**on.inputs, use_cache=False)[0]  # [B, L, width]
@@ -101,7 +119,7 @@ def answers(model, batch, device):
     right = torch.ones(len(batch.questions), dtype=torch.bool, device=device)
     wrong = logits.argmax(-1) != on.targets
     right[on.question[wrong]] = False
-    return loss, right
+    return loss if sight is None else loss + SIGHT * sight(on.labels)[0], right
 
 
 @torch.no_grad()
@@ -123,7 +141,7 @@ def validate(model, processor, *, items: int) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in sorted(found.items())}
 
 
-def restore(path: Path, model, parts, average) -> tuple[int, float]:
+def restore(path: Path, model, sight, parts, average) -> tuple[int, float]:
     """Go on from a saved state: the step reached and the hours spent."""
     if not path.exists():
         return 0, 0.0
@@ -132,6 +150,7 @@ def restore(path: Path, model, parts, average) -> tuple[int, float]:
         raise SystemExit(f"{path} is of a {state['family']}: give another --state, or delete it")
     model.load_state_dict(state["model"])
     average.load_state_dict(state["average"])
+    sight.load_state_dict(state["sight"])
     for optimizer, saved in zip(parts, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     return state["step"], state["hours"]
@@ -170,10 +189,11 @@ def main() -> None:
     model.to(device)
     if family == "qwen2_5_vl":  # one call for all windows instead of one each
         illava.patch(model, reduction=0, fast_windows=True)
-    parts = optimizers(model, options.learning_rate)
+    sight = Sight(model).to(device)
+    parts = optimizers(model, sight, options.learning_rate)
     state.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    step, hours = restore(state / "state.pt", model, parts, average)
+    step, hours = restore(state / "state.pt", model, sight, parts, average)
     composer = batches.Composer(copy.deepcopy(average).to("meta"), processor)
     drawn = DataLoader(
         Steps(composer, steps, options.size, options.seed),
@@ -185,7 +205,8 @@ def main() -> None:
     with Progress(*columns) as bar:
         shown = bar.add_task(family, total=steps, completed=step)
         for batch in drawn:
-            loss, right = answers(model, batch, device)
+            looking = step < LOOKING * steps
+            loss, right = (look if looking else answers)(model, batch, device, sight)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in parts:
@@ -195,22 +216,23 @@ def main() -> None:
                 optimizer.zero_grad()
             move(average, model, step)
             step += 1
-            losses.append((loss.detach(), right.float().mean()))
+            losses.append((loss.detach(), right.float().mean().detach()))
             if step % 50 == 0:
                 loss, right = (float(torch.stack(x).mean()) for x in zip(*losses[-50:], strict=True))
                 bar.console.print(f"step {step}: loss {loss:.3f}, right {right:.3f}")
             bar.update(shown, completed=step)
             if step % options.every == 0 or step == steps:
                 spent = hours + (time.monotonic() - began) / 3600
-                save(model, average, processor, parts, step, spent, losses, state, out)
+                save(model, sight, average, processor, parts, step, spent, losses, state, out)
                 losses = []
 
 
-def save(model, average, processor, parts, step, hours, losses, state, out) -> None:
+def save(model, sight, average, processor, parts, step, hours, losses, state, out) -> None:
     """Validate the averaged weights, note it, and write checkpoint and state."""
     torch.save(
         {
-            "family": model.config.model_type, "model": model.state_dict(), "average": average.state_dict(), "step": step, "hours": hours,
+            "family": model.config.model_type, "step": step, "hours": hours, "model": model.state_dict(),
+            "average": average.state_dict(), "sight": sight.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in parts],
         },
         state / "new.pt",
