@@ -176,6 +176,13 @@ def _tiles(whole: np.ndarray) -> list[np.ndarray]:
     return [large[i : i + side, j : j + side] for i in (0, side) for j in (0, side)] + [thumbnail]
 
 
+def charts(rng: np.random.Generator, kind: Kind, split: str, *, calm: float) -> list[Item]:
+    """Crowded pictures with nothing asked, for an encoder to learn to see; `calm` as in `scenes.chart`."""
+    drawn = [tasks.scenes.chart(rng, split, kind.side, calm=calm) for _ in range(kind.items)]
+    nothing = (Question("", "?", "?"),)
+    return [Item((scene.pixels,), None, nothing, (scene.labels,)) for scene in drawn]
+
+
 def sample(
     rng: np.random.Generator, kind: Kind, split: str, *, ease: float = 0.0, most: int = 8
 ) -> list[Item]:

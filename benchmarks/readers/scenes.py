@@ -222,6 +222,31 @@ def picture(
     return Scene(_finish(canvas.pixels, rng), tuple(things), canvas.labels)
 
 
+def chart(rng: np.random.Generator, split: str, side: int, *, calm: float) -> Scene:
+    """A picture crowded with digits, shapes and writing, from which an encoder learns to see.
+
+    Args:
+        calm: how much of the photograph's contrast is taken away, 0 to 1.
+    """
+    cell = int(rng.choice([size for size in (32, 48) if size <= side // 2]))
+    cells = side // cell
+    still = background(rng, split, side)
+    canvas, things = Canvas(still + calm * (still.mean((0, 1)) - still)), []
+    for row in range(cells):
+        column = 0
+        while column < cells:
+            colour, number = str(rng.choice(list(material.COLOURS))), int(rng.integers(13))
+            name = (*material.NUMBERS, *material.SHAPES)[number]
+            thing = Thing("digit" if number < 10 else name, name, colour, row, column)
+            if column + 1 < cells and rng.random() < 0.3:
+                thing = Thing(WRITING, material.written(rng, split), colour, row, column)
+                column += 1
+            _draw(canvas, rng, split, thing, cell)
+            things.append(thing)
+            column += 1
+    return Scene(_finish(canvas.pixels, rng), tuple(things), canvas.labels)
+
+
 def clip(rng: np.random.Generator, split: str, side: int, *, frames: int, digits: int) -> Clip:
     """Draw a clip in which digits appear one after another, each for a while, over a still photograph.
 

@@ -40,13 +40,15 @@ class Sight(nn.Module):
         """
         heard, self._heard = self._heard, None
         parts = self.head(heard.float()).split(self.sizes, dim=-1)
-        loss, right, count = heard.new_zeros((), dtype=torch.float32), 0, 0
+        found: tuple[list, list] = [], []
+        right = count = 0
         for logits, target in zip(parts, labels.unbind(-1), strict=True):
             each = nn.functional.cross_entropy(logits, target, reduction="none")  # [visual tokens]
             there = target > 0
-            # As much weight on what is there as on all the rest, which is most of a picture.
-            loss = loss + (each * there).sum() / there.sum().clamp(min=1)
-            loss = loss + (each * ~there).sum() / (~there).sum().clamp(min=1)
+            found[0].append(each[there])
+            found[1].append(each[~there])
             right = right + ((logits.argmax(-1) == target) & there).sum()
             count = count + there.sum()
-        return loss, right / count
+        # As much weight on what is there as on all the rest, which is most of a picture.
+        seen, rest = (torch.cat(values) for values in found)
+        return seen.sum() / count.clamp(min=1) + rest.mean(), right / count.clamp(min=1)

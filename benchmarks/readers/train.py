@@ -32,14 +32,14 @@ import illava  # noqa: E402
 
 # Kinds of batches, and how often each is drawn in each part of a run.
 KINDS = {
-    Kind("picture", 96, 1, 32): (0.50, 0.40, 0.20, 0.10),
-    Kind("picture", 128, 1, 24): (0.30, 0.25, 0.25, 0.20),
-    Kind("picture", 192, 1, 12): (0.20, 0.15, 0.25, 0.40),
+    Kind("picture", 96, 1, 32): (0.60, 0.40, 0.20, 0.10),
+    Kind("picture", 128, 1, 24): (0.25, 0.25, 0.25, 0.20),
+    Kind("picture", 192, 1, 12): (0.15, 0.15, 0.25, 0.40),
     Kind("several", 96, 3, 12): (0.0, 0.10, 0.10, 0.05),
     Kind("several", 128, 4, 6): (0.0, 0.0, 0.05, 0.10),
     Kind("video", 96, 8, 12): (0.0, 0.10, 0.15, 0.15),
 }
-LOOKING = 0.08  # share of a run in which the encoder learns to see, the language model left out
+LOOKING = 0.15  # share of a run in which the encoder learns to see, the language model left out
 PARTS = (LOOKING, 0.25, 0.5)  # where the parts after the first begin
 SIGHT = 0.3  # weight of what the encoder sees beside the answers, thereafter
 HELD_OUT = 10**9  # added to the seed of validation pictures
@@ -72,6 +72,9 @@ class Steps(Dataset):
         rng = np.random.default_rng([self.seed, step])
         kind = list(KINDS)[rng.choice(len(KINDS), p=chances)]
         kind = Kind(kind.name, kind.side, kind.count, max(1, round(kind.items * self.size)))
+        if step < LOOKING * self.steps:
+            calm = 1 - step / (LOOKING * self.steps)
+            return self.composer(batches.charts(rng, kind, "train", calm=calm))
         return self.composer(batches.sample(rng, kind, "train", ease=ease))
 
 
