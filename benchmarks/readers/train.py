@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import json
 import sys
 import time
 from collections import defaultdict
@@ -18,13 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from readers import architectures, batches, tasks  # noqa: E402
+from readers import architectures, batches, card, tasks  # noqa: E402
 from readers.batches import Kind  # noqa: E402
 from readers.sight import Sight  # noqa: E402
 
@@ -198,6 +200,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     step, hours = restore(state / "state.pt", model, sight, parts, average)
     composer = batches.Composer(copy.deepcopy(average).to("meta"), processor)
+    note(out, options, model, device)
     drawn = DataLoader(
         Steps(composer, steps, options.size, options.seed),
         batch_size=None, sampler=range(step, steps), num_workers=options.workers,
@@ -230,6 +233,20 @@ def main() -> None:
                 losses = []
 
 
+def note(out: Path, options: argparse.Namespace, model: nn.Module, device: torch.device) -> None:
+    """Write down how this run was asked for, and what with."""
+    threads = torch.get_num_threads()
+    noted = {
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "seed": options.seed, "steps asked for": options.steps, "factor on batches": options.size,
+        "highest learning rate": options.learning_rate,
+        "began from": str(options.start_from or "random weights"),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {threads} threads",
+        "torch": torch.__version__, "transformers": transformers.__version__,
+    }  # fmt: skip
+    (out / "training.json").write_text(json.dumps(noted, indent=2) + "\n")
+
+
 def save(model, sight, average, processor, parts, step, hours, losses, state, out) -> None:
     """Validate the averaged weights, note it, and write checkpoint and state."""
     torch.save(
@@ -252,6 +269,7 @@ def save(model, sight, average, processor, parts, step, hours, losses, state, ou
         if fresh:
             writer.writeheader()
         writer.writerow(row)
+    card.write(out)
     (state / "new.pt").replace(state / "state.pt")  # last: what is noted twice is seen, what is lost is not
 
 
