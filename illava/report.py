@@ -25,7 +25,7 @@ class LayerRecord:
 
     Attributes:
         stage: `"vit"` or `"llm"`.
-        layer: counted from 0.
+        layer: counted from 0; the encoder's depth for its output, -1 for the language model's input.
         tokens_in, tokens_out: visual tokens; in the encoder merge units, which in most families
             become one visual token each (see `PictureRecord.encoded_units`).
     """
