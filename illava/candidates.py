@@ -79,6 +79,7 @@ class Candidates:
     _attention: Callable[[], Tensor] | None = None
     _class_attention: Callable[[], Tensor] | None = None
     _place: Callable[[], Tensor] | None = None
+    _inputs: Callable[[], Tensor] | None = None
 
     @cached_property
     def real(self) -> Tensor:
@@ -103,6 +104,13 @@ class Candidates:
         One long row where a family does not tell the grid.
         """
         return self._table(self._place, "a place on the grid")
+
+    @cached_property
+    def inputs(self) -> Tensor:
+        """`[U, d]` what the language model was given at the slots that are left."""
+        if self._inputs is None:
+            raise PlanError(f"{self.stage} layer {self.layer} is given nothing by its caller")
+        return self._inputs()
 
     @cached_property
     def text(self) -> tuple[Tensor, Tensor]:

@@ -60,6 +60,7 @@ class LanguageCall:
         self.length, self.dtype = embeds.shape[1], embeds.dtype
         self.attending: int | None = None
         self._rotation: tuple[Tensor, Tensor] | None = None
+        self._inputs: Tensor | None = None
         self.counts: list[list[int]] = []  # slots per segment, one entry per stage
         self._scores: dict[int, Scores] = {}
         self._masks: dict[Any, Tensor | None] = {}
@@ -223,6 +224,9 @@ class LanguageCall:
             self._scores[self.scored_at[layer]] if layer in self.scored_at else None,
             positions, self._text.to(device), self._text_width,
             place=lambda: sequence.take_rows(visual.places().to(device), columns),
+            inputs=lambda: hidden if self._inputs is None else sequence.take_rows(
+                self._inputs.to(device), self.stages[-1].entry
+            ),
         )  # fmt: skip
         return decide(candidates, self.settings)
 
@@ -249,14 +253,15 @@ class LanguageCall:
 
     def merge_input(self, features: Tensor) -> Tensor:
         """Merge before the first layer: `[B, n, d]` to what that layer is given."""
-        if not self.merges_at(-1):
-            return features
-        hidden = self.merge(-1, features)
-        stage = self.stages.pop()
-        self.entry_columns = self.entry_columns.gather(1, stage.entry.to(self.entry_columns.device))
-        places = torch.arange(stage.positions.shape[1], device=stage.entry.device)
-        self.stages = [replace(stage, entry=places.expand_as(stage.entry))]
-        return hidden
+        if self.merges_at(-1):
+            features = self.merge(-1, features)
+            stage = self.stages.pop()
+            columns = self.entry_columns
+            self.entry_columns = columns.gather(1, stage.entry.to(columns.device))
+            places = torch.arange(stage.positions.shape[1], device=stage.entry.device)
+            self.stages = [replace(stage, entry=places.expand_as(stage.entry))]
+        self._inputs = features.detach() if callable(self.settings.score) else None
+        return features
 
     def leave_layer(self, layer: int, hidden: Tensor) -> Tensor:
         """What follows `layer`'s output: additions of the model's own, then the merge."""

@@ -61,6 +61,7 @@ def slots_to_choose(
     text: Tensor,
     text_width: int,
     place: Callable[[], Tensor],
+    inputs: Callable[[], Tensor],
 ) -> Candidates:
     """What a merge behind `layer` chooses from.
 
@@ -70,7 +71,8 @@ def slots_to_choose(
         hidden, sizes: `[B, n, d]` and `[B, n]`, what is merged and how many tokens each slot stands for.
         scores: what is known of the layer's attention; `None` before the first layer.
         positions, text: `[B, n]` of the slots; `text_width` the largest number of text slots in a row.
-        place: gives `[B, n, 3]`, where each slot stands in its picture.
+        place, inputs: give `[B, n, 3]`, where each slot stands in its picture, and `[B, n, d]`, what the
+            first layer was given there.
     """
     candidates = Candidates(
         "llm",
@@ -82,6 +84,7 @@ def slots_to_choose(
         sizes.flatten(),
         sequences=Sequences(positions, text, text_width),
         _place=lambda: place().flatten(0, 1),
+        _inputs=lambda: inputs().flatten(0, 1),
     )
     if scores is None:
         return candidates
