@@ -87,9 +87,8 @@ def merge(c: Candidates, kept: Tensor) -> Tensor:
 
 def plan(seams: Seams, final_ratio: float) -> Plan:
     depth = len(seams.layers)
-    layers = range(
-        round(FIRST * depth / DEPTH), max(round(FIRST * depth / DEPTH) + 1, round((LAST + 1) * depth / DEPTH))
-    )
+    first = round(FIRST * depth / DEPTH)
+    layers = range(first, max(first + 1, round((LAST + 1) * depth / DEPTH)))
     entering = math.sqrt(final_ratio)
     step = (entering - final_ratio) / len(layers)
     shares = [entering, *(entering - step * (i + 1) for i in range(len(layers)))]

@@ -1,8 +1,8 @@
 """FasterVLM: the encoder's output, thinned by the class token's attention.
 
 Zhang et al., arXiv 2412.01818; github.com/Theia-4869/FasterVLM,
-llava/model/multimodal_encoder/clip_encoder.py and llava/model/llava_arch.py: attention of the block whose output is read, from the class token, averaged
-over heads; each tile by itself.
+llava/model/multimodal_encoder/clip_encoder.py and llava/model/llava_arch.py: attention of the block whose
+output is read, from the class token, averaged over heads; each tile by itself.
 """
 
 from __future__ import annotations

@@ -25,44 +25,30 @@ def attention(c: Candidates) -> Tensor:
     return (seen_by_class(c) * c.features.shape[1]).masked_fill(~c.real, 0)
 
 
-def score(c: Candidates) -> Tensor:
-    """Attended ones, evenly spaced ones, and at last the place of the one more token."""
-    seen = attention(c).masked_fill(~c.real, float("-inf"))
-    attended = best(seen, [max(1, round(kept * ATTENDED_SHARE)) for kept in c.keep_counts])
-    rows = []
-    for row, (count, kept) in enumerate(zip(c.counts, c.keep_counts, strict=True)):
-        first = [unit for unit in range(count) if attended[row, unit]]
-        rest = [unit for unit in range(count) if not attended[row, unit]]
-        spaced = max(0, kept - len(first) - 1)
+def parts(c: Candidates) -> list[tuple[list[int], list[int], list[int]]]:
+    """Of each segment the attended units, evenly spaced ones beside them, and the place of one more token."""
+    seen = attention(c).tolist()
+    found = []
+    for row, count, kept in zip(seen, c.counts, c.keep_counts, strict=True):
+        order = sorted(range(count), key=lambda unit, row=row: -row[unit])
+        attended = order[: max(1, round(kept * ATTENDED_SHARE))]
+        rest = sorted(order[len(attended) :])
+        spaced = max(0, kept - len(attended) - 1)
         even = [rest[(2 * i + 1) * len(rest) // (2 * spaced)] for i in range(spaced)]
-        left = [unit for unit in rest if unit not in even]
-        left.sort(key=lambda unit: (-float(seen[row, unit]), unit))
-        rows.append([*first, *even, *left[: kept - len(first) - spaced]])
-    return chosen(c, rows)
+        left = [unit for unit in order if unit not in {*attended, *even}]
+        found.append((attended, even, left[: kept - len(attended) - spaced]))
+    return found
 
 
-def one_more(c: Candidates, kept: Tensor) -> Tensor:
-    """`[S, P]` bool: where among the kept stands the token that sums up all others."""
-    picked = is_kept(c, kept)
-    seen = attention(c).masked_fill(~c.real, float("-inf"))
-    attended = best(seen, [max(1, round(n * ATTENDED_SHARE)) for n in c.keep_counts])
-    mask = torch.zeros_like(kept, dtype=torch.bool)
-    for row, count in enumerate(c.keep_counts):
-        first = int(attended[row].sum())
-        if count == first:
-            continue
-        others = [u for u in range(c.counts[row]) if not attended[row, u]]
-        spaced = count - first - 1
-        even = {others[(2 * i + 1) * len(others) // (2 * spaced)] for i in range(spaced)}
-        (extra,) = [u for u in others if picked[row, u] and u not in even]
-        mask[row, :count] = kept[row, :count] == extra
-    return mask
+def score(c: Candidates) -> Tensor:
+    return chosen(c, [[*attended, *even, *extra] for attended, even, extra in parts(c)])
 
 
 def merge(c: Candidates, kept: Tensor) -> Tensor:
     width, seen = c.index.shape[1], attention(c)
     itself = unchanged(kept, width)  # [S, P, N]
-    extra = one_more(c, kept)[..., None]  # [S, P, 1]
+    sums = [extra[0] if extra else -1 for _, _, extra in parts(c)]
+    extra = (kept == torch.tensor(sums, device=kept.device)[:, None])[..., None]  # [S, P, 1]
     likeness = cosine(mean_keys(c)).masked_fill(~c.real[:, None], float("-inf"))
     rows = torch.arange(len(kept), device=kept.device)[:, None]
     likeness = likeness[rows, kept].masked_fill(itself > 0, float("-inf"))  # [S, P, N]

@@ -55,7 +55,7 @@ RIVAL = Rival(
     "Bolya et al., ICLR 2023, arXiv 2210.09461; facebookresearch/ToMe tome/merge.py, tome/patch/timm.py",
     "encoder",
     "Merge units instead of patches, the keys of their patches side by side and merged slot by slot; "
-    "survivors keep their order; below 1/(blocks + 1) steps grow smaller towards the end, for a block can only halve; "
-    "in Qwen2.5-VL, matched over the whole frame also where attention is windowed.",
+    "survivors keep their order; below 1/(blocks + 1) steps grow smaller towards the end, for a block can "
+    "only halve; in Qwen2.5-VL, matched over the whole frame also where attention is windowed.",
     plan,
 )
