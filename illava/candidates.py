@@ -101,9 +101,10 @@ class Candidates:
     def place(self) -> Tensor:
         """`[S, N, 3]` frame or tile, row and column of each unit on its picture's grid of units.
 
-        One long row where a family does not tell the grid.
+        In the language model alone; one long row where features came from the caller, or a family packs
+        them.
         """
-        return self._table(self._place, "a place on the grid")
+        return self._table(self._place, "grid of places")
 
     @cached_property
     def inputs(self) -> Tensor:
@@ -165,7 +166,7 @@ class Candidates:
 
     def _table(self, values: Callable[[], Tensor] | None, what: str) -> Tensor:
         if values is None:
-            raise PlanError(f"{self.stage} layer {self.layer} has no {what}")
+            raise PlanError(f"{self.stage} layer {self.layer} has no {what} to tell")
         return values()[self.index]
 
 

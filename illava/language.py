@@ -61,6 +61,7 @@ class LanguageCall:
         self.attending: int | None = None
         self._rotation: tuple[Tensor, Tensor] | None = None
         self._inputs: Tensor | None = None
+        self.grids: Sequence[tuple[int, int, int]] = ()  # of each segment, as the report tells
         self.counts: list[list[int]] = []  # slots per segment, one entry per stage
         self._scores: dict[int, Scores] = {}
         self._masks: dict[Any, Tensor | None] = {}
@@ -216,17 +217,18 @@ class LanguageCall:
         visual, device, counts = self.visual, self.table.device, self.counts[-1]
         if visual is None:
             raise RuntimeError("a merge in a call that brings no picture")
-        positions = self.stages[-1].positions.to(device)
+        stage, given = self.stages[-1], hidden if self._inputs is None else self._inputs
+        positions = stage.positions.to(device)
         columns = (positions - self.past).clamp(min=0)  # [B, n]
         candidates = slots_to_choose(
             layer, self.table, counts, self.removed[layer], hidden.detach(),
-            self.stages[-1].slot_sizes().to(device),
+            stage.slot_sizes().to(device),
             self._scores[self.scored_at[layer]] if layer in self.scored_at else None,
             positions, self._text.to(device), self._text_width,
-            place=lambda: sequence.take_rows(visual.places().to(device), columns),
-            inputs=lambda: hidden if self._inputs is None else sequence.take_rows(
-                self._inputs.to(device), self.stages[-1].entry
+            place=lambda: sequence.take_rows(
+                sequence.grid_places(visual.segment, visual.tokens, self.grids).to(device), columns
             ),
+            inputs=lambda: sequence.take_rows(given.detach().to(device), stage.entry),
         )  # fmt: skip
         return decide(candidates, self.settings)
 
@@ -253,14 +255,15 @@ class LanguageCall:
 
     def merge_input(self, features: Tensor) -> Tensor:
         """Merge before the first layer: `[B, n, d]` to what that layer is given."""
+        self._inputs = features.detach() if self.settings.by_function else None
         if self.merges_at(-1):
             features = self.merge(-1, features)
+            self._inputs = features.detach()
             stage = self.stages.pop()
             columns = self.entry_columns
             self.entry_columns = columns.gather(1, stage.entry.to(columns.device))
             places = torch.arange(stage.positions.shape[1], device=stage.entry.device)
             self.stages = [replace(stage, entry=places.expand_as(stage.entry))]
-        self._inputs = features.detach() if callable(self.settings.score) else None
         return features
 
     def leave_layer(self, layer: int, hidden: Tensor) -> Tensor:

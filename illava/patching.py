@@ -44,8 +44,9 @@ def patch(
             results differ by rounding.
         **settings: the fields of `illava.Plan`, instead of `plan`: `vit_layers`, `llm_layers`,
             `reduction` (2/3), `encoder_share` (0.4), `recycled` (0.05), `members` (5), `score`,
-            `merge`, `queries`, `window_score`, and the other two budgets `vit_keep_ratio` with
-            `llm_keep_ratio`, `vit_tokens_removed` with `llm_tokens_removed`.
+            `merge`, `queries`, `window_score`, `proportional`, and the other three budgets
+            `vit_keep_ratio` with `llm_keep_ratio`, `vit_tokens_removed` with `llm_tokens_removed`,
+            `vit_shares` with `llm_shares`.
 
     Returns:
         A handle with `.plan`, `.report` and `.remove()`, usable in `with`.

@@ -146,6 +146,11 @@ class Plan:
         return asdict(self)
 
     @property
+    def by_function(self) -> bool:
+        """Whether a function of the caller's ranks or merges."""
+        return any(callable(getattr(self, name)) for name in _FUNCTIONS)
+
+    @property
     def budget(self) -> str:
         """`"reduction"`, `"keep ratio"`, `"tokens removed"` or `"shares"`."""
         for name, keys in _BUDGETS.items():

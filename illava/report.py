@@ -68,6 +68,13 @@ class PictureRecord:
     layers: tuple[LayerRecord, ...]
     asked_reduction: float | None
 
+    def token_grid(self, merge_size: int) -> tuple[int, int, int]:
+        """`(frames or tiles, height, width)` in merge units; one long row if the grid is not known."""
+        if self.grid is None:
+            return 1, 1, self.tokens
+        frames, height, width = self.grid
+        return frames * self.tiles, height // merge_size, width // merge_size
+
     @property
     def final_tokens(self) -> int:
         """Visual tokens after the last merge."""

@@ -101,9 +101,9 @@ RIVAL = Rival(
     "Zhong et al., ICCV 2025, arXiv 2412.03248; LaVi-Lab/AIM llava/model/token_merge.py, "
     "other_packages/transformers/.../qwen2/modeling_qwen2.py",
     "llm",
-    "Published for videos: 25 % after merging, then down to none at layer 21. Here merging leaves the root of "
-    "the final ratio and pruning goes down to it in equal steps; the best pairs of all frames go first, so "
-    "frames may keep different numbers; tokens keep their order between rounds; tokens are really removed, "
-    "its code masks them; layers at the same relative depth.",
+    "Published for videos: 25 % after merging, then down to none at layer 21. Here merging leaves the "
+    "root of the final ratio, and pruning goes down to it in equal steps; the best pairs of all frames "
+    "go first, so frames may keep different numbers; tokens keep their order between rounds; tokens are "
+    "really removed, its code masks them; layers at the same relative depth.",
     plan,
 )

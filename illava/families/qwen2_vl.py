@@ -76,18 +76,16 @@ def layout(seams: Seams, call: Mapping[str, Any]) -> Layout:
 def visual_input(seams: Seams, call: Mapping[str, Any]) -> VisualInput | None:
     """Which tokens of a `...Model` call came from pictures; `None` if it brings no picture."""
     encoded = call.get("mm_encoder_outputs") or {}
-    pictures, grids, side = {}, {}, seams.merge_size
+    pictures = {}
     for kind, pixels, grid in (
         ("image", "pixel_values", "image_grid_thw"),
         ("video", "pixel_values_videos", "video_grid_thw"),
     ):
-        if encoded.get(kind) is None and call.get(pixels) is None:
-            continue
-        sizes = [] if call.get(grid) is None else call[grid].tolist()
-        counts = [t * h * w // side**2 for t, h, w in sizes]
         if encoded.get(kind) is not None:
             counts = feature_lengths(encoded[kind].pooler_output)
+        elif call.get(pixels) is not None:
+            counts = (call[grid].prod(-1) // seams.merge_size**2).tolist()
+        else:
+            continue
         pictures[kind] = [(n, (n,)) for n in counts]
-        if len(sizes) == len(counts):
-            grids[kind] = [((h // side, w // side),) * t for t, h, w in sizes]
-    return visual.visual_input(seams.model, call, pictures, grids)
+    return visual.visual_input(seams.model, call, pictures)

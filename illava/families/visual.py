@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from illava.errors import UnsupportedInputError
-
-# `(height, width)` in visual tokens of each frame or tile of a picture or video.
-Frames = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -27,29 +23,12 @@ class VisualInput:
         tokens: visual tokens per segment in this call.
         encoded_units: per segment, the merge units of each grid it was encoded as (one grid, or a
             picture's tiles), in the encoder's order; `None` where the model's packing tells.
-        grids: per segment, `(height, width)` in visual tokens of each frame or tile, in reading order;
-            `None` where the family does not tell.
     """
 
     segment: Tensor
     kinds: tuple[str, ...]
     tokens: tuple[int, ...]
     encoded_units: tuple[tuple[int, ...] | None, ...]
-    grids: tuple[Frames | None, ...]
-
-    def places(self) -> Tensor:
-        """`[B, L, 3]` frame or tile, row and column of each visual token; one long row if not told."""
-        table = torch.zeros((*self.segment.shape, 3), dtype=torch.long)
-        for number, tokens in enumerate(self.tokens):
-            frames = self.grids[number] or ()
-            if sum(height * width for height, width in frames) != tokens:
-                frames = ((1, tokens),)
-            parts = [
-                torch.cartesian_prod(torch.tensor([i]), torch.arange(height), torch.arange(width))
-                for i, (height, width) in enumerate(frames)
-            ]
-            table[self.segment == number] = torch.cat(parts)
-        return table
 
     def expanded(self, rows: int, length: int) -> VisualInput:
         """The same for a batch whose rows were repeated one by one, as for beams.
@@ -80,7 +59,6 @@ class VisualInput:
             tuple(self.kinds[i] for i in order),
             tuple(self.tokens[i] for i in order),
             tuple(self.encoded_units[i] for i in order),
-            tuple(self.grids[i] for i in order),
         )
 
 
@@ -89,10 +67,7 @@ Pictures = Sequence[tuple[int, tuple[int, ...] | None]]
 
 
 def visual_input(
-    model: nn.Module,
-    call: Mapping[str, Any],
-    pictures: Mapping[str, Pictures],
-    grids: Mapping[str, Sequence[Frames]] | None = None,
+    model: nn.Module, call: Mapping[str, Any], pictures: Mapping[str, Pictures]
 ) -> VisualInput | None:
     """Find the tokens of pictures in a call by its placeholders; `None` if it brings no picture.
 
@@ -100,17 +75,11 @@ def visual_input(
         model: the model called, for its placeholder tokens.
         call: its arguments by name.
         pictures: for `"image"` and `"video"`, those the call brings.
-        grids: likewise their sizes in visual tokens, where the family knows them.
     """
-    places = {kind: placeholders(model, call, kind) for kind in pictures}
-    return visual_tokens(places, pictures, grids or {})
+    return visual_tokens({kind: placeholders(model, call, kind) for kind in pictures}, pictures)
 
 
-def visual_tokens(
-    places: Mapping[str, Tensor],
-    pictures: Mapping[str, Pictures],
-    grids: Mapping[str, Sequence[Frames]] | None = None,
-) -> VisualInput | None:
+def visual_tokens(places: Mapping[str, Tensor], pictures: Mapping[str, Pictures]) -> VisualInput | None:
     """Which tokens belong to which picture; `None` if there is no picture.
 
     Placeholders and features correspond in reading order, so the sizes of the features say where one
@@ -119,9 +88,7 @@ def visual_tokens(
     Args:
         places: for `"image"` and `"video"`, where its tokens stand, `[B, L]` bool on the CPU.
         pictures: likewise, those the call brings.
-        grids: likewise their sizes.
     """
-    sizes: list[Frames | None] = []
     segment: Tensor | None = None
     kinds: list[str] = []
     tokens: list[int] = []
@@ -137,19 +104,10 @@ def visual_tokens(
         segment[place] = numbers
         kinds += [kind] * len(found)
         tokens += counts.tolist()
-        units += [encoded for _, encoded in found]
-        sizes += (grids or {}).get(kind) or [_squares(encoded) for _, encoded in found]
+        units += [grids for _, grids in found]
     if segment is None or not tokens:
         return None
-    return VisualInput(segment, tuple(kinds), tuple(tokens), tuple(units), tuple(sizes))
-
-
-def _squares(encoded: tuple[int, ...] | None) -> Frames | None:
-    """Sizes of square tiles of so many units; `None` if one cannot be square."""
-    sides = [math.isqrt(units) for units in encoded or ()]
-    if encoded is None or any(side**2 != units for side, units in zip(sides, encoded, strict=True)):
-        return None
-    return tuple((side, side) for side in sides)
+    return VisualInput(segment, tuple(kinds), tuple(tokens), tuple(units))
 
 
 def placeholders(model: nn.Module, call: Mapping[str, Any], kind: str) -> Tensor:

@@ -86,6 +86,7 @@ class LanguageHooks:
                 self.state.plan, self.state.shape, call, self.state.encoded.get(), embeds.shape[0]
             )
             self.state.encoded.set(None)
+            call.grids = [p.token_grid(self.seams.merge_size) for p in self.state.last.pictures]
         if not merged and not call.changes_length:
             return None
         sequence.check_cache(cache)
@@ -113,8 +114,8 @@ class LanguageHooks:
 
     def _rotation(self, kwargs: Any) -> Any:
         """What turns a layer's queries and keys, where a function of the plan's might ask."""
-        settings, turned = self.state.plan.settings, kwargs.get("position_embeddings")
-        if turned is None or not (callable(settings.score) or callable(settings.merge)):
+        turned = kwargs.get("position_embeddings")
+        if turned is None or not self.state.plan.settings.by_function:
             return None
         return rotation(turned, self.seams.language_model.config)
 
