@@ -219,14 +219,14 @@ class LanguageCall:
             raise RuntimeError("a merge in a call that brings no picture")
         stage, given = self.stages[-1], hidden if self._inputs is None else self._inputs
         positions = stage.positions.to(device)
-        columns = (positions - self.past).clamp(min=0)  # [B, n]
         candidates = slots_to_choose(
             layer, self.table, counts, self.removed[layer], hidden.detach(),
             stage.slot_sizes().to(device),
             self._scores[self.scored_at[layer]] if layer in self.scored_at else None,
             positions, self._text.to(device), self._text_width,
             place=lambda: sequence.take_rows(
-                sequence.grid_places(visual.segment, visual.tokens, self.grids).to(device), columns
+                sequence.grid_places(visual.segment, visual.tokens, self.grids).to(device),
+                (positions - self.past).clamp(min=0),
             ),
             inputs=lambda: sequence.take_rows(given.detach().to(device), stage.entry),
         )  # fmt: skip

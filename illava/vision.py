@@ -65,7 +65,7 @@ class VisionCall:
         implementation: str,
         records: bool = False,
     ) -> None:
-        self.settings, self.seams, self.layout = plan.settings, seams, layout
+        self.settings, self.seams, self.layout, self.depth = plan.settings, seams, layout, plan.vit_depth
         sides = [layout.frame_units[i] for i in _first_frames(layout.grids)]
         self.schedules: list[SegmentSchedule] = [
             plan.segment(t, units) for (t, _, _), units in zip(layout.grids, sides, strict=True)
@@ -103,7 +103,7 @@ class VisionCall:
 
     def scores_at(self, block: int) -> bool:
         """Whether a merge, in `block` or at its output, reads its attention."""
-        return self.merges_at(block) or (block == len(self.seams.blocks) - 1 and self.merges_at(block + 1))
+        return self.merges_at(block) or (block == self.depth - 1 and self.merges_at(block + 1))
 
     def stage(self, block: int) -> Stage:
         """What `block` is given."""
@@ -157,12 +157,16 @@ class VisionCall:
     @torch.no_grad()
     def _decide(self, block: int, features: Tensor) -> merge.Merge:
         """Who survives a merge, and of what they are made, given `[U, g, d]`."""
-        seen = self._seen.pop(min(block, len(self.seams.blocks) - 1))
+        seen = self._seen.pop(min(block, self.depth - 1))
         stage, device = self.stage(block), seen.queries.device
         counts, members = stage.frame_counts, stage.members.to(device)
         starts = on(device, [*accumulate(counts, initial=0)][:-1])[:, None]
         index = (starts + torch.arange(max(counts), device=device)).clamp(max=sum(counts) - 1)
-        class_tokens = on(device, [*accumulate(stage.frame_tokens, initial=0)][:-1])
+
+        def from_class() -> Tensor:
+            class_tokens = on(device, [*accumulate(stage.frame_tokens, initial=0)][:-1])
+            return seen.received_from(class_tokens, stage.frame_tokens)[members].mean(dim=1)
+
         candidates = Candidates(
             "vit", block, index, counts,
             tuple(n - r for n, r in zip(counts, self.removed[block], strict=True)),
@@ -172,11 +176,7 @@ class VisionCall:
             seen.keys[members][..., : seen.channels],
             seen.scale,
             _attention=lambda: seen.received(self.settings.score == "lse")[members].mean(dim=1),
-            _class_attention=(
-                (lambda: seen.received_from(class_tokens, stage.frame_tokens)[members].mean(dim=1))
-                if stage.layout.prefix
-                else None
-            ),
+            _class_attention=from_class if stage.layout.prefix else None,
         )  # fmt: skip
         return decide(candidates, self.settings)
 
@@ -196,7 +196,7 @@ class VisionCall:
         rank = alive.long().cumsum(0) - 1
         members = rank[stage.members[kept]]  # [U', g] places among the new ones
         after = Stage(
-            min(block + 1, len(self.seams.blocks)), stage.layout, stage.units[kept],
+            min(block + 1, self.depth), stage.layout, stage.units[kept],
             stage.tokens[kept_tokens], members, counts,
         )  # fmt: skip
         if decision.mixture is not None:
