@@ -44,8 +44,9 @@ def patch(
             results differ by rounding.
         **settings: the fields of `illava.Plan`, instead of `plan`: `vit_layers`, `llm_layers`,
             `reduction` (2/3), `encoder_share` (0.4), `recycled` (0.05), `members` (5), `score`,
-            `merge`, `queries`, `window_score`, and the other two budgets `vit_keep_ratio` with
-            `llm_keep_ratio`, `vit_tokens_removed` with `llm_tokens_removed`.
+            `merge`, `queries`, `window_score`, `proportional`, and the other three budgets
+            `vit_keep_ratio` with `llm_keep_ratio`, `vit_tokens_removed` with `llm_tokens_removed`,
+            `vit_shares` with `llm_shares`.
 
     Returns:
         A handle with `.plan`, `.report` and `.remove()`, usable in `with`.
@@ -161,8 +162,9 @@ class Handle:
                 self._after(seam.module, lambda m, a, k, out, seam=seam: encoder.leave_projector(seam, out))
             if seams.regrid is not None:
                 self._before(seams.regrid.module, partial(encoder.enter_regrid, seams.regrid))
-        first = 0 if self._state.fast_windows else min(self.plan.vit_layers, default=len(seams.blocks))
-        for number in range(first, len(seams.blocks)):
+        depth = len(seams.blocks)
+        first = min((*self.plan.vit_layers, depth - 1)) if self.plan.vit_layers else depth
+        for number in range(0 if self._state.fast_windows else first, depth):
             self._hook_block(number, encoder)
         if self.plan.removes_nothing:
             return
@@ -183,7 +185,8 @@ class Handle:
     def _hook_block(self, number: int, hooks: EncoderHooks) -> None:
         seams, block = self._seams, self._seams.blocks[number]
         self._before(block, partial(hooks.enter_block, number))
-        if number not in self.plan.vit_layers and not self._state.fast_windows:
+        at_output = {number + 1} & {len(seams.blocks)} & set(self.plan.vit_layers)
+        if not (number in self.plan.vit_layers or at_output or self._state.fast_windows):
             return
         attends = getattr(block, seams.block_attention)
         if seams.block_observed is None:
@@ -195,6 +198,8 @@ class Handle:
                     self._after(getattr(attends, name), lambda m, a, k, out, observe=observe: observe(out))
         self._before(attends, lambda m, a, k: hooks.enter_block_attention(number, a, k))
         self._after(attends, lambda m, a, k, out: hooks.leave_block_attention(m))
+        if at_output:
+            self._after(block, lambda m, a, k, out: hooks.leave_block(number, out))
         if number not in self.plan.vit_layers:
             return
         self._before(getattr(block, seams.block_norm), lambda m, a, k: hooks.merge_block(number, a, k))

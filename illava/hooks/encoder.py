@@ -56,7 +56,7 @@ class EncoderHooks:
 
     def enter_block_attention(self, number: int, args: Any, kwargs: Any) -> Any:
         call = self.state.vision.get()
-        if call is None or not (call.merges_at(number) or self.state.fast_windows):
+        if call is None or not (call.scores_at(number) or self.state.fast_windows):
             return None
         spans = kwargs.get("cu_seqlens")
         call.begin_attention(number, spans)
@@ -96,9 +96,14 @@ class EncoderHooks:
 
     def leave_block(self, number: int, output: Any) -> Any:
         call = self.state.vision.get()
-        if call is None or not call.merges_at(number):
+        end = number + 1 == len(self.seams.blocks)
+        if call is None or not (call.merges_at(number) or (end and call.merges_at(number + 1))):
             return None
-        merged = call.merged.pop(number)
+        if call.merges_at(number):
+            merged = call.merged.pop(number)
+        else:
+            merged = call.merge(number + 1, output[0] if isinstance(output, tuple) else output)
+            call.merged.clear()
         if call.outputs is not None:
             call.outputs[number] = merged
         return (merged, *output[1:]) if isinstance(output, tuple) else merged

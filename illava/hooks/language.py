@@ -14,6 +14,7 @@ from illava.hooks.state import State
 from illava.language import LanguageCall
 from illava.refusals import refuse_checkpointing, refuse_unserved
 from illava.report import build_report
+from illava.rotary import rotation
 from illava.vision import is_dead
 
 
@@ -85,6 +86,7 @@ class LanguageHooks:
                 self.state.plan, self.state.shape, call, self.state.encoded.get(), embeds.shape[0]
             )
             self.state.encoded.set(None)
+            call.grids = [p.token_grid(self.seams.merge_size) for p in self.state.last.pictures]
         if not merged and not call.changes_length:
             return None
         sequence.check_cache(cache)
@@ -96,11 +98,11 @@ class LanguageHooks:
                 embeds.shape[0], -1
             )
         call_args["input_ids"] = None
-        call_args["inputs_embeds"] = call.enter_features(embeds)
-        call_args["position_ids"] = call.enter(positions[..., None])[..., 0]
-        call_args["attention_mask"] = self._no_mask(embeds)
         if self.seams.additions is not None:
             call_args = call.take_additions(self.seams.additions, call_args)
+        call_args["inputs_embeds"] = call.merge_input(call.enter_features(embeds))
+        call_args["position_ids"] = call.enter(positions[..., None])[..., 0]
+        call_args["attention_mask"] = self._no_mask(embeds)
         self.state.language.set(call)
         return (), call_args
 
@@ -109,6 +111,13 @@ class LanguageHooks:
         if len(self.seams.scoring_layers) < len(self.seams.layers):
             return {"full_attention": None, "linear_attention": None}
         return embeds.new_zeros((1, 1, 1, 1))
+
+    def _rotation(self, kwargs: Any) -> Any:
+        """What turns a layer's queries and keys, where a function of the plan's might ask."""
+        turned = kwargs.get("position_embeddings")
+        if turned is None or not self.state.plan.settings.by_function:
+            return None
+        return rotation(turned, self.seams.language_model.config)
 
     def enter_layer(self, number: int, args: Any, kwargs: Any) -> Any:
         call = self.state.language.get()
@@ -131,7 +140,7 @@ class LanguageHooks:
         kwargs["position_ids"] = None  # gaps in them would be taken for packed sequences
         kwargs["attention_mask"] = call.mask(number, cached) if scores else call.padding(number)
         if call.scores_at(number):
-            call.begin_attention(number, cached)
+            call.begin_attention(number, cached, self._rotation(kwargs))
         if cached is not None:
             call.announce(number, cached)
         return args, kwargs
