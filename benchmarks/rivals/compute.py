@@ -1,7 +1,9 @@
 """How much a rival computes for visual tokens, and the final ratio at which it computes as much as another.
 
-The area under tokens x layers: every block and layer counts the tokens that its linear layers meet, times
-their weights. Attention's own products, which grow with the square, are left out; `illava.flops` has them.
+The area under tokens x layers: every encoder block and every decoder layer counts the share of the visual
+tokens that it meets, all alike. By operations a small model's encoder would weigh far more beside its
+language model than that of a 7B does, and methods that work in the language model alone could never be
+matched; `illava.flops` counts operations.
 """
 
 from __future__ import annotations
@@ -34,21 +36,17 @@ def area(model: nn.Module, rival: Rival, *, visual_tokens: int, final_ratio: flo
     """Compute for a picture's visual tokens, as a share of what the unpatched model spends on them."""
     seams = seams_of(model)
     shape = measure(seams)
+    attending = shape.block_attention / (shape.block_attention + shape.block_ffn)
     done = rival.schedule(model, visual_tokens=visual_tokens, final_ratio=final_ratio)
-    depth, unit = len(seams.blocks), shape.unit_tokens
+    depth = len(seams.blocks)
     merges = {layer: out for layer, _, out in done.vit}
-    spent = whole = 0.0
+    spent = 0.0
     for block, tokens in enumerate(entering(done.tokens, done.vit, depth)):
         # A merging block's attention meets the tokens that enter, its feed-forward network those left.
         after = merges.get(block, tokens)
-        spent += unit[block] * (shape.block_attention * tokens + shape.block_ffn * after)
-        whole += unit[block] * (shape.block_attention + shape.block_ffn) * visual_tokens
-    for tokens, (weights, _) in zip(
-        entering(done.encoder_tokens, done.llm, len(seams.layers)), shape.layers, strict=True
-    ):
-        spent += weights * tokens
-        whole += weights * visual_tokens
-    return spent / whole
+        spent += attending * tokens + (1 - attending) * after
+    spent += sum(entering(done.encoder_tokens, done.llm, len(seams.layers)))
+    return spent / ((depth + len(seams.layers)) * visual_tokens)
 
 
 def match_compute(model: nn.Module, rival: Rival, *, visual_tokens: int, target: float) -> Match:
