@@ -131,6 +131,7 @@ class Handle:
             self._undo.pop()()
         if self.active:
             delattr(self._seams.model, HANDLE_ATTRIBUTE)
+            self._state.forget()
             torch.compiler.reset()
 
     def __enter__(self) -> Handle:
