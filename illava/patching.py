@@ -17,7 +17,7 @@ from torch import nn
 
 from illava import checks, families
 from illava.families.seams import Seams
-from illava.hooks import ATTENTION_NAME, ConfigView, EncoderHooks, LanguageHooks, State, attention
+from illava.hooks import ATTENTION_NAME, ConfigView, EncoderHooks, LanguageHooks, OfOneModel, State, attention
 from illava.plan import Plan
 from illava.report import Report
 from illava.schedule import ModelPlan, resolve
@@ -93,7 +93,20 @@ def unpatch(model: nn.Module) -> None:
             handle.remove()
 
 
-class Handle:
+class Hook(OfOneModel):
+    """One of illava's hooks, as it stands on a module.
+
+    Hooks are not traced: torch.compile breaks its graph at them and compiles what lies between.
+    """
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook = torch.compiler.disable(hook)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._hook(*args, **kwargs)
+
+
+class Handle(OfOneModel):
     """A patched model's plan, report and way back.
 
     Attributes:
@@ -213,20 +226,18 @@ class Handle:
             self._after(layer, lambda m, a, k, out: hooks.leave_layer(number, out))
 
     def _before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        # Hooks are not traced: torch.compile breaks its graph at them and compiles what lies between.
-        hook = torch.compiler.disable(hook)
-        self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        self._undo.append(module.register_forward_pre_hook(Hook(hook), with_kwargs=True).remove)
 
     def _after(self, module: nn.Module, hook: Callable[..., Any], *, always: bool = False) -> None:
         # First in line, so that hooks which record hidden states see what the next layer will see.
         handle = module.register_forward_hook(
-            torch.compiler.disable(hook), with_kwargs=True, always_call=always, prepend=True
+            Hook(hook), with_kwargs=True, always_call=always, prepend=True
         )
         self._undo.append(handle.remove)
 
     def _wrap_method(self, module: nn.Module, name: str, wrapper: Callable[..., Any]) -> None:
         """A method that is no module has no hooks: the instance gets its own, until removal."""
-        wrapped = torch.compiler.disable(partial(wrapper, getattr(module, name)))
+        wrapped = Hook(partial(wrapper, getattr(module, name)))
         module.__dict__[name] = wrapped
         self._undo.append(lambda: module.__dict__.pop(name))
 

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
+from illava.errors import AlreadyPatchedError
 from illava.families.seams import Seams
 from illava.families.visual import VisualInput
 from illava.flops import measure
@@ -58,7 +59,18 @@ class Slot(Generic[T]):
         self.set(self._default)
 
 
-class State:
+class OfOneModel:
+    """Part of a patched model that no copy may take along: it would go on working for the original."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise AlreadyPatchedError(
+            "a patched model cannot be copied or pickled, nor can its modules, since illava's hooks would go "
+            "on working for the original; call handle.remove(), copy, and patch both (save_pretrained and "
+            "state_dict work as they are)"
+        )
+
+
+class State(OfOneModel):
     """One patched model's plan and parts, and a value per thread and task for what is under way.
 
     Attributes:
