@@ -260,6 +260,7 @@ class VisionCall:
         for stage in self.stages:
             stage.forget()
         self.merged.clear()
+        self.outputs = None
 
 
 def _first_frames(grids: Sequence[tuple[int, int, int]]) -> list[int]:

@@ -141,9 +141,13 @@ class EncoderHooks:
         self.state.remember(call.record)
         before = self.state.left.get() if self.state.joining.get() else ()
         self.state.left.set((*before, call))
-        if not call.removes:
-            return output
-        call.forget()
+        try:
+            return self._full(call, output) if call.removes else output
+        finally:
+            call.forget()
+
+    def _full(self, call: VisionCall, output: Any) -> Any:
+        """What the tower puts out, at the caller's length."""
         if getattr(output, "last_hidden_state", None) is None:
             return output  # 4.57 returns a projector's output alone, which is full already
         output.last_hidden_state = call.full_grid(output.last_hidden_state, call.stages[-1])

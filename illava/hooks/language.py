@@ -26,6 +26,7 @@ class LanguageHooks:
 
     def enter_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         call_args = arguments(module, args, kwargs)
+        self.state.vision.set(None)  # of an encoder call that was interrupted: torch runs no hook behind it
         self.state.left.set(())
         visual = self.state.family.visual_input(self.seams, call_args)
         embeds = call_args.get("inputs_embeds")
@@ -61,6 +62,9 @@ class LanguageHooks:
     def enter_language(self, module: Any, args: Any, kwargs: Any) -> Any:
         self.state.language.set(None)
         self.state.hidden_states.set(None)
+        if self.state.vision.get() is not None:  # interrupted in there, and called without its model now
+            self.state.vision.set(None)
+            self.state.visual.set(None)
         call_args = arguments(module, args, kwargs)
         visual = self.state.visual.get() or self.state.take_mark(call_args.get("inputs_embeds"))
         self.state.visual.set(None)  # a prompt is read once; what a method announced is read by now
