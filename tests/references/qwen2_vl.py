@@ -58,8 +58,9 @@ def reader(model, inputs, vit_removed, llm_removed, **options):
     prompt, prompt_positions = inputs["input_ids"][0], positions_of(model, inputs)
 
     def run(answer):
-        # a text token stands one after the largest position so far, on all three axes
-        further = prompt_positions.max() + torch.arange(1, len(answer) + 1)
+        # A text token stands one after the last, on all three axes. That is what `generate` does; where a
+        # video's times run ahead of the text behind it (5.23, Qwen2.5-VL), some have been larger.
+        further = prompt_positions[:, -1].max() + torch.arange(1, len(answer) + 1)
         positions = torch.cat([prompt_positions, further.repeat(3, 1)], dim=1)
         ids = torch.cat([prompt, torch.tensor(answer, dtype=torch.long)])
         return read(model, ids, len(prompt), seen, positions, llm_removed, options)[0]
