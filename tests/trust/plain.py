@@ -7,7 +7,9 @@ package. Hugging Face's own `generate` runs on it, so that every way of decoding
 from __future__ import annotations
 
 import copy
+import functools
 
+import pytest
 import torch
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -72,3 +74,33 @@ class Plain(PreTrainedModel, GenerationMixin):
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
             max_new_tokens=tokens, use_cache=False, **settings,
         )  # fmt: skip
+
+
+# Every way is tried on the first; the others take longer and run with `-m slow`.
+FAMILIES = ["qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision"]
+each_family = pytest.mark.parametrize(
+    "family", [FAMILIES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[1:])]
+)
+
+
+@functools.cache
+def plain_of(family: str, kind: str) -> Plain:
+    """The plain definition of one of a family's prompts, merged as `tools.DEEP` says.
+
+    Args:
+        kind: of the zoo's prompts, or "beams" for the batch that this version can repeat.
+    """
+    module, model = zoo.FAMILIES[family], tools.build(family)
+    rows = module.BEAMS if kind == "beams" else module.KINDS[kind]
+    with tools.patch(model, family, **tools.DEEP) as handle:
+        plan = handle.plan
+    return Plain(model, family, inputs_of(family, kind), rows, plan, tools.DEEP)
+
+
+def inputs_of(family: str, kind: str) -> dict:
+    return tools.beams_of(family) if kind == "beams" else tools.prompt_of(family, kind)
+
+
+def patched(family: str):
+    """The family's model, merging as its plain definition does: `with patched(family) as handle`."""
+    return tools.patch(tools.build(family), family, **tools.DEEP)
