@@ -39,6 +39,7 @@ class State:
         visual: which tokens of the coming language model call are visual.
         language: the language model call under way.
         hidden_states: what the language model call put back at the caller's length.
+        drafted: how many tokens a draft of assisted decoding ends with, and the length of it all.
         joining: whether a method of the model's own is joining pictures and text right now.
     """
 
@@ -53,6 +54,7 @@ class State:
         self.visual: ContextVar[VisualInput | None] = ContextVar("illava_visual", default=None)
         self.language: ContextVar[LanguageCall | None] = ContextVar("illava_language", default=None)
         self.hidden_states: ContextVar[Any] = ContextVar("illava_hidden_states", default=None)
+        self.drafted: ContextVar[tuple[int, int]] = ContextVar("illava_drafted", default=(0, 0))
         self.joining: ContextVar[bool] = ContextVar("illava_joining", default=False)
 
     def block_attends(self, number: int) -> bool:
