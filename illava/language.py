@@ -38,6 +38,8 @@ class LanguageCall:
         implementation: the attention implementation the user chose.
         plan_id: tells one handle's merges from another's in a cache.
         records: whether the caller wants every layer's output.
+        drafted: how many of the last tokens are guesses of assisted decoding. They ask about no picture, or
+            what survives would depend on the guesses.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class LanguageCall:
         implementation: str,
         plan_id: int,
         records: bool = False,
+        drafted: int = 0,
     ) -> None:
         self.settings, self.implementation, self.plan_id = plan.settings, implementation, plan_id
         self.scored_at = plan.scored_at
@@ -58,6 +61,7 @@ class LanguageCall:
         self.additions: dict[int, Tensor] = {}
         self.visual, self.padding_mask, self.past = visual, padding_mask, past
         self.length, self.dtype = embeds.shape[1], embeds.dtype
+        self.asking_end = past + self.length - drafted
         self.attending: int | None = None
         self._rotation: tuple[Tensor, Tensor] | None = None
         self._inputs: Tensor | None = None
@@ -88,6 +92,7 @@ class LanguageCall:
         real = found.get("real", torch.ones_like(segment, dtype=torch.bool))
         dead = found["dead"] & (segment >= 0)
         text = (segment < 0) & real
+        text[:, self.asking_end - self.past :] = False
         if newline is not None:  # behind a newline is no picture: it belongs to none, and always stays
             segment = segment.masked_fill(found["newline"], -1)
         self._lost_any = bool(dead.any())
@@ -201,6 +206,7 @@ class LanguageCall:
         importance = attention_importance(  # [B, n]
             q, k, scale,
             k_positions=self._keys.to(q.device),
+            asking_end=self.asking_end,
             score=name_of(self.settings.score),
             queries=self.settings.queries,
             text=self._text.to(q.device),

@@ -190,6 +190,9 @@ class Handle(OfOneModel):
             self._state
         ):
             self._wrap_method(module, name, wrapper)
+        for module in self._outermost.modules():
+            if hasattr(module, "_get_candidate_generator"):
+                self._wrap_method(module, "_get_candidate_generator", language.draft)
         self._before(seams.model, language.enter_model)
         self._after(seams.model, language.leave_model, always=True)
         self._after(self._outermost, language.leave_outermost, always=True)

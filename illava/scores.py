@@ -104,6 +104,7 @@ def attention_importance(
     scale: float,
     *,
     k_positions: Tensor,
+    asking_end: int,
     score: str,
     queries: str,
     text: Tensor,
@@ -118,6 +119,7 @@ def attention_importance(
         k: `[B, K', K, D]`, the slots' own keys last.
         scale: factor on their products.
         k_positions: `[B, K]` positions of the keys, padding of both kinds marked -1.
+        asking_end: nobody asks from this position on.
         score: `"attention"`, or `"lse"` for the query statistic.
         queries: whose attention counts: `"text"`, `"all"`, `"visual"` or the `"last"`.
         text: `[B, n]` bool, the slots that are text; `text_width` their largest number in a row.
@@ -130,6 +132,7 @@ def attention_importance(
     if score == "lse":
         level = streaming.log_sum_exp(q, k, scale=scale, q_positions=own, k_positions=k_positions)
         return level.mean(dim=1)
+    own = own.masked_fill(own >= asking_end, -1)
 
     def received(columns: Tensor, positions: Tensor) -> Tensor:
         chosen = sequence.take_rows(q, columns[:, None].expand(-1, q.shape[1], -1))  # [B, H, T, D]

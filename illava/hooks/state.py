@@ -83,6 +83,7 @@ class State(OfOneModel):
         visual: which tokens of the coming language model call are visual.
         language: the language model call under way.
         hidden_states: what the language model call put back at the caller's length.
+        drafted: how many tokens a draft of assisted decoding ends with, and the length of it all.
         joining: whether a method of the model's own is joining pictures and text right now.
     """
 
@@ -97,6 +98,7 @@ class State(OfOneModel):
         self.visual: Slot[VisualInput | None] = Slot(None)
         self.language: Slot[LanguageCall | None] = Slot(None)
         self.hidden_states: Slot[Any] = Slot(None)
+        self.drafted: Slot[tuple[int, int]] = Slot((0, 0))
         self.joining: Slot[bool] = Slot(False)
 
     def forget(self) -> None:
