@@ -8,6 +8,7 @@ import pytest
 import torch
 from accuracy_ablations import PLANS
 from accuracy_measure import Cell, load, measure, pack, ready, unpack
+from accuracy_show import readme_block
 from readers import tasks
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +60,11 @@ def test_rows_hold_what_their_bits_say():
         for row in csv.DictReader(file):
             if not row["note"]:
                 assert int(row["right"]) == unpack(row["bits"], int(row["items"])).sum()
+
+
+def test_the_readme_has_the_tables_of_the_csv():
+    rows = list(accuracy.done(accuracy.RESULTS / "accuracy.csv").values())
+    assert readme_block(rows) in (ROOT / "README.md").read_text(), "run accuracy.py --show --readme"
 
 
 def test_packing_and_going_on(tmp_path):

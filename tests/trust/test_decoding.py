@@ -164,7 +164,12 @@ def test_guidance(family):
     model, inputs = tools.build(family), inputs_of(family, kind)
     with patched(family):
         out = tools.generate(
-            model, inputs, do_sample=False, guidance_scale=scale, return_dict_in_generate=True, output_scores=True
+            model,
+            inputs,
+            do_sample=False,
+            guidance_scale=scale,
+            return_dict_in_generate=True,
+            output_scores=True,
         )
     answer = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     plain = plain_of(family, kind).logits(answer[:-1])[-len(answer) :].log_softmax(-1)
