@@ -7,6 +7,7 @@ D head size, d hidden size.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from illava.families.seams import Additions, Seams
 from illava.families.visual import VisualInput
 from illava.schedule import ModelPlan
 from illava.scores import Scores, attention_importance
-from illava.vision import is_dead
+from illava.vision import is_broken, is_dead
 
 
 @dataclass
@@ -94,13 +95,15 @@ class LanguageCall:
         """Find what the encoder left, row by row, and lay out the segments' slots."""
         device = embeds.device
         segment = visual.segment  # [B, L] on the CPU
-        marks = {"dead": is_dead(embeds)}
+        marks = {"dead": is_dead(embeds), "broken": is_broken(embeds)}
         if self.padding_mask is not None:
             marks["real"] = self.padding_mask[:, -self.length :].bool().to(device)
         if newline is not None:
             marks["newline"] = (embeds == newline.to(embeds)).all(dim=-1)
         found = dict(zip(marks, torch.stack(list(marks.values())).cpu(), strict=True))  # one transfer
         real = found.get("real", torch.ones_like(segment, dtype=torch.bool))
+        broken = segment[found["broken"] & (segment >= 0)]
+        self.broken: dict[int, int] = dict(Counter(broken.tolist()))
         dead = found["dead"] & (segment >= 0)
         text = (segment < 0) & real
         if newline is not None:  # behind a newline is no picture: it belongs to none, and always stays

@@ -155,11 +155,11 @@ class Handle:
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, torch.compiler.disable(attention))
         self._before(seams.tower, encoder.enter_tower)
         self._after(seams.tower, encoder.leave_tower, always=True)
-        if self.plan.vit_layers:
+        if not self.plan.removes_nothing:
             for seam in seams.projectors:
                 self._before(seam.module, partial(encoder.enter_projector, seam))
                 self._after(seam.module, lambda m, a, k, out, seam=seam: encoder.leave_projector(seam, out))
-            if seams.regrid is not None:
+            if self.plan.vit_layers and seams.regrid is not None:
                 self._before(seams.regrid.module, partial(encoder.enter_regrid, seams.regrid))
         first = 0 if self._state.fast_windows else min(self.plan.vit_layers, default=len(seams.blocks))
         for number in range(first, len(seams.blocks)):
