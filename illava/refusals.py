@@ -78,7 +78,7 @@ def refuse_broken(
         where = "no merging encoder block saw them before, so they came with the call or out of the encoder"
     name = str(dtype).removeprefix("torch.")
     raise UnsupportedInputError(
-        f"{visual.kinds[number]} {number} (row {row}) has NaN or infinite features in {broken[number]} of its "
-        f"{visual.tokens[number]} tokens, in {name}: {where}. Look at the pixels and the weights; an encoder "
-        "that overflows float16 runs in bfloat16 or float32"
+        f"{visual.kinds[number]} {number} (row {row}) has NaN or infinite features in {broken[number]} of "
+        f"its {visual.tokens[number]} tokens, in {name}: {where}. Look at the pixels and the weights; an "
+        "encoder that overflows float16 runs in bfloat16 or float32"
     )

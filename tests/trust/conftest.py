@@ -14,7 +14,7 @@ import illava
 from contract import tools
 
 try:
-    from hypothesis import HealthCheck, settings
+    from hypothesis import HealthCheck, Phase, settings
 except ImportError:  # the other tests here need no hypothesis
     settings = None
 
@@ -25,6 +25,7 @@ if settings is not None:
         derandomize=True,
         deadline=None,
         database=None,
+        phases=[Phase.explicit, Phase.generate],  # shrinking a failure here takes minutes
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
     )
     settings.load_profile("trust")
