@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from contract import tools
 from trust import odd
 
-FEW, MANY = 8, 60
+FEW, MANY = 6, 40
 
 
 def check_encoder(plan, call):

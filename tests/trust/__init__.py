@@ -1,0 +1,1 @@
+"""What illava does not break: ways to generate, faults, odd inputs."""
