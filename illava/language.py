@@ -7,6 +7,7 @@ D head size, d hidden size.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,7 +23,7 @@ from illava.language_stage import Stage
 from illava.plan import name_of
 from illava.schedule import ModelPlan
 from illava.scores import Scores, attention_importance, slots_to_choose
-from illava.vision import is_dead
+from illava.vision import is_broken, is_dead
 
 
 class LanguageCall:
@@ -83,13 +84,15 @@ class LanguageCall:
         """Find what the encoder left, row by row, and lay out the segments' slots."""
         device = embeds.device
         segment = visual.segment  # [B, L] on the CPU
-        marks = {"dead": is_dead(embeds)}
+        marks = {"dead": is_dead(embeds), "broken": is_broken(embeds)}
         if self.padding_mask is not None:
             marks["real"] = self.padding_mask[:, -self.length :].bool().to(device)
         if newline is not None:
             marks["newline"] = (embeds == newline.to(embeds)).all(dim=-1)
         found = dict(zip(marks, torch.stack(list(marks.values())).cpu(), strict=True))  # one transfer
         real = found.get("real", torch.ones_like(segment, dtype=torch.bool))
+        broken = segment[found["broken"] & (segment >= 0)]
+        self.broken: dict[int, int] = dict(Counter(broken.tolist()))
         dead = found["dead"] & (segment >= 0)
         text = (segment < 0) & real
         text[:, self.asking_end - self.past :] = False

@@ -196,6 +196,7 @@ def _linear_groups(
     size = on(device, sizes)[:, None]
     ranks = (first + step).clamp(max=order.shape[1] - 1)
     sources = index[rows].gather(1, order[rows].gather(1, ranks))  # [S', T]
+    sources = torch.where(step < size, sources, sources[:, :1])  # unused places name no other's unit
     weights = torch.where(step < size, step + 1.0, torch.zeros_like(step, dtype=torch.float32))
     return sources[:, 0], sources, weights / weights.sum(dim=1, keepdim=True)
 
@@ -231,10 +232,14 @@ def _recycled_groups(
 
     widest = max(recycled)
     scores = affinity(queries[target_units[:, :widest]], keys[target_units], is_target, scale)
-    scores = scores.masked_fill(~is_target[:, None], float("-inf"))  # [S', C, T]
+    # Affinities of what is not finite are none: the unit stays itself. Places of no target are -inf.
+    scores = scores.nan_to_num(nan=0.0).masked_fill(~is_target[:, None], float("-inf"))  # [S', C, T]
     own = torch.eye(widest, scores.shape[2], dtype=torch.bool, device=device)
     group = scores.masked_fill(own, float("inf")).topk(min(members, scores.shape[2]), dim=2).indices
-    weights = scores.gather(2, group).clamp(min=0)  # [S', C, M]; -inf marks places of no target
+    affinities = scores.gather(2, group)  # [S', C, M]
+    # A place of no target may stand for a neighbour's unit; not even times 0 may its NaN come here.
+    group = torch.where(affinities < 0, group[..., :1], group)
+    weights = affinities.clamp(min=0)
     total = weights.sum(dim=2, keepdim=True)
     # Where all affinities of a group underflow to zero, the unit (first in its group) stays itself.
     alone = torch.zeros_like(weights)

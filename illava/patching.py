@@ -172,11 +172,11 @@ class Handle(OfOneModel):
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, torch.compiler.disable(attention))
         self._before(seams.tower, encoder.enter_tower)
         self._after(seams.tower, encoder.leave_tower, always=True)
-        if self.plan.vit_layers:
+        if not self.plan.removes_nothing:
             for seam in seams.projectors:
                 self._before(seam.module, partial(encoder.enter_projector, seam))
                 self._after(seam.module, lambda m, a, k, out, seam=seam: encoder.leave_projector(seam, out))
-            if seams.regrid is not None:
+            if self.plan.vit_layers and seams.regrid is not None:
                 self._before(seams.regrid.module, partial(encoder.enter_regrid, seams.regrid))
         depth = len(seams.blocks)
         first = min((*self.plan.vit_layers, depth - 1)) if self.plan.vit_layers else depth

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from illava.errors import UnsupportedInputError
+from illava.families.visual import VisualInput
 
 
 def refuse_checkpointing(module: nn.Module) -> None:
@@ -46,3 +49,36 @@ def refuse_unserved(attention_mask: Any, position_ids: Tensor | None, batch: int
                 f"position_ids restart {int((text.diff() != 1).sum())} times within one row: packed "
                 "sequences are not supported; pass one sequence per row with a 2-D attention mask"
             )
+
+
+def refuse_broken(
+    broken: Mapping[int, int], visual: VisualInput, dtype: torch.dtype, finite: Sequence[Mapping[int, Tensor]]
+) -> None:
+    """Refuse pictures whose features are NaN or infinite: nothing can be ranked by them.
+
+    Args:
+        broken: tokens with such features, by the number of the picture.
+        visual: the pictures of the call.
+        dtype: of the features.
+        finite: of each encoder call since the last report, by merging block whether what it attended
+            to was finite. Read from the device here, for the call is over anyway.
+
+    Raises:
+        UnsupportedInputError: always.
+    """
+    number = min(broken)
+    row = int((visual.segment == number).any(dim=1).nonzero()[0])
+    first = min((block for call in finite for block, fine in call.items() if not bool(fine)), default=None)
+    if first is not None:
+        where = f"they were no longer finite in the attention of encoder block {first}"
+    elif any(finite):
+        last = max(block for call in finite for block in call)
+        where = f"they were finite up to encoder block {last}, the last that merges"
+    else:
+        where = "no merging encoder block saw them before, so they came with the call or out of the encoder"
+    name = str(dtype).removeprefix("torch.")
+    raise UnsupportedInputError(
+        f"{visual.kinds[number]} {number} (row {row}) has NaN or infinite features in {broken[number]} of "
+        f"its {visual.tokens[number]} tokens, in {name}: {where}. Look at the pixels and the weights; an "
+        "encoder that overflows float16 runs in bfloat16 or float32"
+    )

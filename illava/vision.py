@@ -34,6 +34,8 @@ class EncoderRecord:
         schedules: what the plan did to each, counted in merge units.
         backend: the kernel that gave the attention statistics, `None` where nothing merged.
         unit_tokens: patches of a merge unit.
+        finite: for each merging block, whether the attention it saw was finite; on the device, read
+            only where something went wrong.
         packed: filled in by a model's packing: tiles of each picture, and visual tokens made of them.
     """
 
@@ -41,6 +43,7 @@ class EncoderRecord:
     schedules: list[SegmentSchedule]
     backend: str | None
     unit_tokens: int
+    finite: dict[int, Tensor] = field(default_factory=dict)
     packed: list[tuple[int, int]] = field(default_factory=list)
 
 
@@ -87,11 +90,14 @@ class VisionCall:
         self.outputs: dict[int, Tensor] | None = {} if records else None
         self._spans: Spans | None = None
         self._seen: dict[int, BlockAttention] = {}
+        self._finite: dict[int, Tensor] = {}
 
     @cached_property
     def record(self) -> EncoderRecord:
         """Of the finished call."""
-        return EncoderRecord(self.layout.grids, self.schedules, self.backend, self.layout.unit_tokens)
+        return EncoderRecord(
+            self.layout.grids, self.schedules, self.backend, self.layout.unit_tokens, self._finite
+        )
 
     @property
     def removes(self) -> bool:
@@ -153,6 +159,7 @@ class VisionCall:
             spans = Spans.from_lengths(self.stage(block).frame_tokens, q.device)
             lse = varlen_log_sum_exp(q, k, spans, scale=scale)
         self._seen[block] = BlockAttention(q, k, lse, spans, scale, channels)
+        self._finite[block] = lse.isfinite().all()
 
     @torch.no_grad()
     def _decide(self, block: int, features: Tensor) -> merge.Merge:
@@ -270,4 +277,10 @@ def _first_frames(grids: Sequence[tuple[int, int, int]]) -> list[int]:
 
 def is_dead(features: Tensor) -> Tensor:
     """Which tokens were merged away in the encoder: `[..., d]` to `[...]` bool."""
-    return torch.isneginf(features).all(dim=-1)
+    return torch.isneginf(features.amax(dim=-1))  # a NaN in the row is its largest
+
+
+def is_broken(features: Tensor) -> Tensor:
+    """Which tokens hold NaN or infinite features without being marked as merged away."""
+    low, high = features.amin(dim=-1), features.amax(dim=-1)
+    return ~(low.isfinite() & high.isfinite()) & ~torch.isneginf(high)

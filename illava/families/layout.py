@@ -143,8 +143,17 @@ class Survivors:
 
     def spread(self, rows: Tensor) -> Tensor:
         """`[U, d]` rows of surviving units to all of them; those merged away are -inf."""
+        rows = never_dead(rows)
         full = rows.new_full((self.layout.total_units, rows.shape[-1]), float("-inf"))
         return full.index_copy(0, self.units.to(rows.device), rows)
+
+
+def never_dead(rows: Tensor) -> Tensor:
+    """Features with those that overflowed to the mark of a dead row made NaN, which marks nothing.
+
+    Without it an encoder whose numbers run out (fp16) could pass for one that merged rows away.
+    """
+    return rows.masked_fill(torch.isneginf(rows.amax(dim=-1, keepdim=True)), float("nan"))
 
 
 def spread_tiles(output: Tensor, alive: Survivors) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from illava.families.layout import Survivors
+from illava.families.layout import Survivors, never_dead
 from illava.families.packing import pack_over_dead
 from illava.families.parts import arguments
 from illava.families.seams import Projector, Regrid
@@ -122,7 +122,11 @@ class EncoderHooks:
 
     def leave_projector(self, seam: Projector, output: Any) -> Any:
         alive = self._survivors(seam)
-        return None if alive is None else seam.spread(output, alive)
+        if alive is not None:
+            return seam.spread(output, alive)
+        if isinstance(output, (list, tuple)):
+            return type(output)(never_dead(x) if isinstance(x, Tensor) else x for x in output)
+        return never_dead(output) if isinstance(output, Tensor) else output
 
     def _survivors(self, seam: Projector) -> Survivors | None:
         """What is alive where a projector reads: in the encoder call under way, or those just left."""

@@ -12,7 +12,7 @@ from illava.errors import UnsupportedInputError
 from illava.families.parts import arguments
 from illava.hooks.state import State
 from illava.language import LanguageCall
-from illava.refusals import refuse_checkpointing, refuse_unserved
+from illava.refusals import refuse_broken, refuse_checkpointing, refuse_unserved
 from illava.report import build_report
 from illava.rotary import rotation
 from illava.vision import is_dead
@@ -88,6 +88,10 @@ class LanguageHooks:
             drafted=self._drafted(past, embeds.shape[1]),
         )  # fmt: skip
         if visual is not None:
+            if call.broken:
+                encoded = self.state.encoded.get() or ()
+                self.state.encoded.set(None)
+                refuse_broken(call.broken, visual, embeds.dtype, [record.finite for record in encoded])
             self.state.last = build_report(
                 self.state.plan, self.state.shape, call, self.state.encoded.get(), embeds.shape[0]
             )

@@ -14,6 +14,23 @@ import transformers
 import illava
 from contract import tools
 
+try:
+    from hypothesis import HealthCheck, Phase, settings
+except ImportError:  # the other tests here need no hypothesis
+    settings = None
+
+if settings is not None:
+    # The same examples every time: a failure on one machine is a failure on all.
+    settings.register_profile(
+        "trust",
+        derandomize=True,
+        deadline=None,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],  # shrinking a failure here takes minutes
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+    )
+    settings.load_profile("trust")
+
 HEADER = ("topic", "claim", "verdict", "how we know", "family", "transformers", "outcome")
 
 
