@@ -125,6 +125,8 @@ BEGIN, END = "<!-- accuracy tables -->", "<!-- end of accuracy tables -->"
 def readme_block(rows: Sequence[Row]) -> str:
     """What stands between the README's markers, both included: the test split's tables."""
     shown = [row for row in rows if row["split"] == "test"]
+    if not shown:
+        return "\n".join([BEGIN, "Not measured yet.", END])
     counts = {int(row["items"]) for row in shown if not row["note"]}
     versions = {f"torch {row['torch']}, transformers {row['transformers']}, {row['device']}" for row in shown}
     items = f"{min(counts):,}" if len(counts) == 1 else f"{min(counts):,} to {max(counts):,}"

@@ -16,6 +16,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 TITLES = {"qwen2_5_vl": "Qwen2.5-VL", "internvl": "InternVL"}
+UNFINISHED = """
+**Its training is not finished**: some of the tasks below are still at chance, and say nothing about merging.
+"""
 CARD = """\
 # A small {title} that sees
 
@@ -25,7 +28,7 @@ about drawn pictures, so that the accuracy of merging visual tokens can be measu
     from transformers import AutoModelForImageTextToText, AutoProcessor
     model = AutoModelForImageTextToText.from_pretrained("readers/{name}")
     processor = AutoProcessor.from_pretrained("readers/{name}")
-
+{state}
 **What it is evidence of.** That a way of removing visual tokens keeps, or loses, what a model of this
 architecture needs for its answers. It is no evidence about the checkpoints people use: it is a thousandth of
 their size, knows some sixty words, and has seen nothing but these pictures.
@@ -47,7 +50,7 @@ things in small pictures to everything at every size.
 |---|---|
 {facts}
 
-**Validation** at the end of training (exact answers, greedy, by task and pixels of a picture's side):
+**Validation** when these weights were saved (exact answers, greedy, by task and pixels of a picture's side):
 
 | task | right |
 |---|---:|
@@ -68,11 +71,14 @@ def write(folder: Path) -> None:
     noted = json.loads((folder / "training.json").read_text())
     last = rows[-1]
     tasks = [name for name in last if " " in name]
-    facts = {"steps": last["step"], "hours": last["hours"], **noted}
+    asked = int(noted.pop("steps asked for"))
+    facts = {"steps": f"{int(last['step']):,} of {asked:,}", "hours": last["hours"], **noted}
+    unfinished = int(last["step"]) < asked
     card = CARD.format(
         title=TITLES[config["model_type"]],
         kind=config["architectures"][0],
         name=folder.name,
+        state=UNFINISHED if unfinished else "",
         millions=facts.pop("parameters") / 1e6,
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
         scores="\n".join(f"| {name} | {100 * float(last[name]):.1f} % |" for name in tasks),
