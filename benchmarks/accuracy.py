@@ -1,10 +1,10 @@
 """Accuracy of merging and of its rivals on the readers: `python benchmarks/accuracy.py`.
 
-The readers (`readers/`, small real models that see; see their cards) answer held-out questions by `generate`,
-unpatched and by every method at each reduction: once with as many tokens left after the last stage
-(`--budget tokens`), once with as much visual-token compute (`--budget compute`). Answers count if they are
-right word for word. Everything measured is appended to a CSV at once, one row a task, with right and wrong of
-every item; what is there already is not measured again, so a stopped run goes on where it stopped.
+The readers (`checkpoints/`, small real models that see; see their cards) answer held-out questions by
+`generate`, unpatched and by every method at each reduction: once with as many tokens left after the last
+stage (`--budget tokens`), once with as much visual-token compute (`--budget compute`). Answers count if they
+are right word for word. Everything measured is appended to a CSV at once, one row a task, with right and wrong
+of every item; what is there already is not measured again, so a stopped run goes on where it stopped.
 
     python benchmarks/accuracy.py --items 40 --out sample.csv            # minutes on a CPU
     python benchmarks/accuracy.py                                        # the README's tables: a GPU, or days
@@ -45,8 +45,8 @@ COLUMNS = (
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--readers", nargs="+", default=sorted(p.parent.name for p in ROOT.glob("readers/*/config.json")))
-    add("--folder", type=Path, default=ROOT / "readers", help="where the readers' folders lie")
+    add("--readers", nargs="+", default=sorted(p.parent.name for p in ROOT.glob("checkpoints/*/config.json")))
+    add("--folder", type=Path, default=ROOT / "checkpoints", help="where the readers' folders lie")
     add("--methods", nargs="+", default=["rivals"], help="names, 'rivals', 'ablations' or a group of those")
     add("--budget", nargs="+", default=list(BUDGETS), choices=BUDGETS)
     add("--tasks", nargs="+", default=list(tasks.TASKS), choices=tasks.TASKS)

@@ -1,7 +1,8 @@
 """Ask a model that really sees, with and without illava: `python examples/answers.py`.
 
-The model is the reader in `readers/`, a small genuine Qwen2.5-VL trained on drawn pictures; the questions are
-about pictures and clips that it has not seen, made of digits, fonts and photographs it has not seen either.
+The model is the reader in `checkpoints/`, a small genuine Qwen2.5-VL trained on drawn pictures; the questions
+are about pictures and clips that it has not seen, made of digits, fonts and photographs it has not seen
+either.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ except ModuleNotFoundError as missing:
         f'answers.py needs {missing.name}, which is not installed: run `pip install "illava[examples]"`'
     ) from missing
 
-READER = ROOT / "readers" / "qwen2_5_vl"
+READER = ROOT / "checkpoints" / "qwen2_5_vl"
 SHOWN = 2  # questions of each task in the table
 
 

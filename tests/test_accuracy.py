@@ -36,7 +36,7 @@ def name(row):
 
 @pytest.fixture(scope="module")
 def readers():
-    folders = ROOT.glob("readers/*/config.json")
+    folders = ROOT.glob("checkpoints/*/config.json")
     return {path.parent.name: load(path.parent, torch.device("cpu")) for path in folders}
 
 

@@ -1,6 +1,6 @@
 """What lies beside a reader's weights: its card, and the curves of its training, made from what was noted.
 
-`python benchmarks/readers/card.py readers/qwen2_5_vl` makes both anew.
+`python benchmarks/readers/card.py checkpoints/qwen2_5_vl` makes both anew.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ A genuine `{kind}` of {millions:.1f} M parameters, trained from random weights t
 about drawn pictures, so that the accuracy of merging visual tokens can be measured without a download.
 
     from transformers import AutoModelForImageTextToText, AutoProcessor
-    model = AutoModelForImageTextToText.from_pretrained("readers/{name}")
-    processor = AutoProcessor.from_pretrained("readers/{name}")
+    model = AutoModelForImageTextToText.from_pretrained("checkpoints/{name}")
+    processor = AutoProcessor.from_pretrained("checkpoints/{name}")
 {state}
 **What it is evidence of.** That a way of removing visual tokens keeps, or loses, what a model of this
 architecture needs for its answers. It is no evidence about the checkpoints people use: it is a thousandth of

@@ -1,0 +1,1 @@
+"""Small models that see, and the pictures they are trained and tested on."""
