@@ -3,8 +3,8 @@
 The readers (`checkpoints/`, small real models that see; see their cards) answer held-out questions by
 `generate`, unpatched and by every method at each reduction: once with as many tokens left after the last
 stage (`--budget tokens`), once with as much visual-token compute (`--budget compute`). Answers count if they
-are right word for word. Everything measured is appended to a CSV at once, one row a task, with right and wrong
-of every item; what is there already is not measured again, so a stopped run goes on where it stopped.
+are right word for word. Everything measured is appended to a CSV at once, one row a task, with right and
+wrong of every item; what is there already is not measured again, so a stopped run goes on where it stopped.
 
     python benchmarks/accuracy.py --items 40 --out sample.csv            # minutes on a CPU
     python benchmarks/accuracy.py                                        # the README's tables: a GPU, or days

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from illava.errors import AlreadyPatchedError, PlanError, SeamError, UnsupportedModelError
+from illava.families.parts import is_saved_by_peft
 from illava.families.seams import Seams
 
 # The file of transformers 4.57 whose wrappers record hidden states.
@@ -52,6 +53,8 @@ def check_untouched(seams: Seams) -> None:
         by_compile = hasattr(own, "_torchdynamo_orig_callable")
         home = getattr(type(module).forward, "__module__", "")
         foreign_class = not home.startswith("transformers.") and home != type(module).__module__
+        # A copy that PEFT trains in a module's place has blocks of its own, which hooks would miss.
+        foreign_class |= is_saved_by_peft(module)
         if (own is not None and not by_accelerate and not by_compile) or foreign_class:
             source = getattr(own, "__module__", None) or home
             raise AlreadyPatchedError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,3 +82,23 @@ def refuse_broken(
         f"its {visual.tokens[number]} tokens, in {name}: {where}. Look at the pixels and the weights; an "
         "encoder that overflows float16 runs in bfloat16 or float32"
     )
+
+
+def refuse_presses(attentions: Iterable[nn.Module]) -> None:
+    """Refuse to merge under kvpress, which would silently compress nothing.
+
+    Its presses know a prefill by `cache_position` ending where the layer's own tokens do, which no layer
+    behind a merge fulfils.
+
+    Raises:
+        UnsupportedInputError: one is attached.
+    """
+    for attention in attentions:
+        for hook in attention._forward_hooks.values():
+            press = type(getattr(hook, "__self__", None))
+            if press.__module__.partition(".")[0] == "kvpress":
+                raise UnsupportedInputError(
+                    f"kvpress' {press.__name__} is attached to a model that illava has patched: it takes a "
+                    "merged prompt for decoding and would leave the cache as it is. Use one of the two: "
+                    "illava shrinks the cache as well (handle.report), or leave illava's handle removed"
+                )

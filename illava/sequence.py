@@ -42,7 +42,19 @@ class MergedLayer(DynamicLayer):
         self._expected: tuple[Tensor, int, bool, tuple[int, int] | None] | None = None
 
     def expect(self, positions: Tensor, new_tokens: int, ragged: bool, mark: tuple[int, int] | None) -> None:
-        """Announce what the next `update` brings: `[B, n]` positions for `new_tokens` of the caller."""
+        """Announce what the next `update` brings: `[B, n]` positions for `new_tokens` of the caller.
+
+        Raises:
+            CacheError: another tool has changed the keys since.
+        """
+        known = 0 if self.positions is None else self.positions.shape[1]
+        held = known if self.keys is None else self.keys.shape[-2]
+        if known and known != held:
+            raise CacheError(
+                f"a layer of this cache holds {held} keys where illava knows of {known}: another tool has "
+                "thrown out some of them (a KV-cache compressor such as kvpress?), and nobody knows which "
+                "positions are left. Remove that tool, or patch with llm_layers=() and vit_layers=()"
+            )
         self._expected = (positions, new_tokens, ragged, mark)
 
     def update(

@@ -65,7 +65,21 @@ def _signature(forward: Any) -> inspect.Signature:
     return inspect.signature(forward)
 
 
+def is_saved_by_peft(module: nn.Module) -> bool:
+    """Whether PEFT's `modules_to_save` has put a module of its own around one, and trains a copy of it."""
+    return hasattr(module, "original_module") and hasattr(module, "modules_to_save")
+
+
 def arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Everything a module was called with, by name, whether it came by position or by keyword."""
-    names = [n for n in _signature(type(module).forward).parameters if n != "self"]
+    own: Any = module.original_module if is_saved_by_peft(module) else module
+    names = [n for n in _signature(type(own).forward).parameters if n != "self"]
     return dict(zip(names, args, strict=False)) | dict(kwargs)
+
+
+def call_by_name(module: nn.Module, named: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments that call a module with `named`, the inverse of `arguments`."""
+    if not is_saved_by_peft(module):
+        return (), dict(named)
+    first, *others = named  # PEFT's module takes the first by position alone
+    return (named[first],), {name: named[name] for name in others}

@@ -33,7 +33,13 @@ class ConfigView(OfOneModel):
 
 
 def attention(
-    module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, **kwargs: Any
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any = None,
+    dropout: float = 0.0,  # by name, as other tools that wrap attention functions hand it on by position
+    **kwargs: Any,
 ) -> tuple[Any, Any]:
     """The attention function of a merging module: the user's own, plus the statistics.
 
@@ -53,7 +59,7 @@ def attention(
     if call is None or call.attending is None:
         raise RuntimeError("illava's attention function called outside a merging layer")
     layer, call.attending = call.attending, None  # from here on the config tells the user's own name
-    result = own_attention(module)(module, query, key, value, attention_mask, **kwargs)
+    result = own_attention(module)(module, query, key, value, attention_mask, dropout=dropout, **kwargs)
     with torch.no_grad():
         call.score(layer, query.detach(), key.detach(), scale)
     return result

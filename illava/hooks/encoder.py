@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from illava.families.layout import Survivors, never_dead
 from illava.families.packing import pack_over_dead
-from illava.families.parts import arguments
+from illava.families.parts import arguments, call_by_name
 from illava.families.seams import Projector, Regrid
 from illava.hooks.state import State
 from illava.refusals import refuse_checkpointing
@@ -118,7 +118,7 @@ class EncoderHooks:
         alive = self._survivors(seam)
         if alive is None or seam.squeeze is None:
             return None
-        return (), seam.squeeze(arguments(module, args, kwargs), alive)
+        return call_by_name(module, seam.squeeze(arguments(module, args, kwargs), alive))
 
     def leave_projector(self, seam: Projector, output: Any) -> Any:
         alive = self._survivors(seam)

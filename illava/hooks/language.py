@@ -12,7 +12,7 @@ from illava.errors import UnsupportedInputError
 from illava.families.parts import arguments
 from illava.hooks.state import State
 from illava.language import LanguageCall
-from illava.refusals import refuse_broken, refuse_checkpointing, refuse_unserved
+from illava.refusals import refuse_broken, refuse_checkpointing, refuse_presses, refuse_unserved
 from illava.report import build_report
 from illava.rotary import rotation
 from illava.vision import is_dead
@@ -23,6 +23,7 @@ class LanguageHooks:
 
     def __init__(self, state: State) -> None:
         self.state, self.seams = state, state.seams
+        self.scoring = sorted(state.seams.scoring_layers)
 
     def enter_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         call_args = arguments(module, args, kwargs)
@@ -102,6 +103,7 @@ class LanguageHooks:
         sequence.check_cache(cache)
         positions = call_args.get("position_ids")
         refuse_checkpointing(module)
+        refuse_presses(getattr(self.seams.layers[i], self.seams.layer_attention) for i in self.scoring)
         refuse_unserved(mask, positions if visual is not None else None, embeds.shape[0])
         if positions is None:
             positions = torch.arange(past, past + call.length, device=embeds.device).expand(

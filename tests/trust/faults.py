@@ -7,6 +7,7 @@ import sys
 import weakref
 from contextlib import contextmanager
 
+import pytest
 import torch
 
 import illava
@@ -18,6 +19,15 @@ from illava.hooks.state import _SLOTS, Slot
 CODE = os.path.dirname(illava.__file__) + os.sep
 # Where in a module's call: hooks of somebody else's, ahead of illava's and behind them, and `forward` itself.
 WHERE = ("before, first", "before, last", "inside", "after, first", "after, last")
+
+# The others run with `-m slow`.
+some_families = pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=[] if name in ("qwen2_5_vl", "internvl") else pytest.mark.slow)
+        for name in tools.zoo.FAMILIES
+    ],
+)
 
 
 class FailureError(Exception):

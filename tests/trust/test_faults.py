@@ -96,28 +96,20 @@ def throw_at(subject, places: dict, errors, wheres=faults.WHERE) -> None:
     subject.check_removal()
 
 
-# The others run with `-m slow`.
-some_families = pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(name, marks=[] if name in ("qwen2_5_vl", "internvl") else pytest.mark.slow)
-        for name in tools.zoo.FAMILIES
-    ],
-)
 EVERYWHERE = "thrown at each in turn; the next call is bit-identical, nothing is left of the failed one"
 
 
 @claim(
     "an exception or out of memory in a block, layer or projector, or in anybody's hook on one", EVERYWHERE
 )
-@some_families
+@faults.some_families
 def test_an_exception_at_every_seam(family, monkeypatch):
     subject = Subject(family, monkeypatch)
     throw_at(subject, seams(subject.model), ["an exception", "out of memory"])
 
 
 @claim("Ctrl-C in a block, layer or projector, or in anybody's hook on one", EVERYWHERE)
-@some_families
+@faults.some_families
 def test_an_interruption_at_every_seam(family, monkeypatch):
     subject = Subject(family, monkeypatch)
     throw_at(subject, seams(subject.model), ["Ctrl-C"], faults.WHERE[1::2])
@@ -135,7 +127,7 @@ def test_a_fault_in_every_module(family, monkeypatch):
     "Ctrl-C, then removal",
     "interrupted in the encoder and in the language model; removal alone lets go of all",
 )
-@some_families
+@faults.some_families
 def test_removal_after_an_interruption(family, monkeypatch):
     for place in ("blocks", "layers"):
         subject = Subject(family, monkeypatch)
@@ -191,7 +183,7 @@ def test_an_interrupted_patch_or_removal(family):
 
 @claim("out of memory while a merge is decided or applied", EVERYWHERE)
 @pytest.mark.parametrize("name", ["select", "compact"])
-@some_families
+@faults.some_families
 def test_out_of_memory_inside_every_merge(family, name, monkeypatch):
     """`select` decides a merge, `compact` finds what it leaves: in the encoder, on entry, in the decoder."""
     subject = Subject(family, monkeypatch)

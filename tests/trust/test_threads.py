@@ -54,7 +54,7 @@ def equal(found, expected) -> None:
 
 @claim("eight threads generating at once on one model, other pictures in each",
        "each thread's logits and cache are bit for bit those of the same call alone")  # fmt: skip
-@tools.each_family
+@faults.some_families
 def test_eight_threads(family):
     if not V5 and family == "llava_onevision":
         pytest.skip("serve several threads: 4.57 records the encoder's hidden states by swapping its methods")
