@@ -173,8 +173,8 @@ class Handle:
         ):
             self._wrap_method(module, name, wrapper)
         for module in self._outermost.modules():
-            if hasattr(module, "_get_candidate_generator"):
-                self._wrap_method(module, "_get_candidate_generator", language.draft)
+            if hasattr(module, "generate"):
+                self._wrap_method(module, "generate", language.generate, compiled_inside=True)
         self._before(seams.model, language.enter_model)
         self._after(seams.model, language.leave_model, always=True)
         self._after(self._outermost, language.leave_outermost, always=True)
@@ -226,11 +226,24 @@ class Handle:
         )
         self._undo.append(handle.remove)
 
-    def _wrap_method(self, module: nn.Module, name: str, wrapper: Callable[..., Any]) -> None:
-        """A method that is no module has no hooks: the instance gets its own, until removal."""
-        wrapped = torch.compiler.disable(partial(wrapper, getattr(module, name)))
-        module.__dict__[name] = wrapped
-        self._undo.append(lambda: module.__dict__.pop(name))
+    def _wrap_method(
+        self, module: nn.Module, name: str, wrapper: Callable[..., Any], *, compiled_inside: bool = False
+    ) -> None:
+        """A method that is no module has no hooks: the instance gets its own, until removal.
+
+        Args:
+            compiled_inside: whether what it calls may be compiled, though it is not itself.
+        """
+        previous = module.__dict__.get(name)  # another wrapper of ours
+        wrapped: Any = partial(wrapper, getattr(module, name))
+        module.__dict__[name] = wrapped if compiled_inside else torch.compiler.disable(wrapped)
+
+        def restore() -> None:
+            del module.__dict__[name]
+            if previous is not None:
+                module.__dict__[name] = previous
+
+        self._undo.append(restore)
 
     def _view_config(self, module: nn.Module, merging: Callable[[], bool]) -> None:
         config: Any = module.config

@@ -39,7 +39,7 @@ class State:
         visual: which tokens of the coming language model call are visual.
         language: the language model call under way.
         hidden_states: what the language model call put back at the caller's length.
-        drafted: how many tokens a draft of assisted decoding ends with, and the length of it all.
+        prompt: the caller's position where the prompt ends that `generate` is answering.
         joining: whether a method of the model's own is joining pictures and text right now.
     """
 
@@ -54,7 +54,7 @@ class State:
         self.visual: ContextVar[VisualInput | None] = ContextVar("illava_visual", default=None)
         self.language: ContextVar[LanguageCall | None] = ContextVar("illava_language", default=None)
         self.hidden_states: ContextVar[Any] = ContextVar("illava_hidden_states", default=None)
-        self.drafted: ContextVar[tuple[int, int]] = ContextVar("illava_drafted", default=(0, 0))
+        self.prompt: ContextVar[int | None] = ContextVar("illava_prompt", default=None)
         self.joining: ContextVar[bool] = ContextVar("illava_joining", default=False)
 
     def block_attends(self, number: int) -> bool:
@@ -82,6 +82,16 @@ class State:
             yield
         finally:
             self.visual.set(None)
+
+    @contextmanager
+    def answering(self, prompt: int | None) -> Iterator[None]:
+        """The language model calls inside belong to one `generate`, whose prompt ends at this position."""
+        outer = self.prompt.get()
+        self.prompt.set(prompt)
+        try:
+            yield
+        finally:
+            self.prompt.set(outer)
 
     @contextmanager
     def gathering(self) -> Iterator[None]:
