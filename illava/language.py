@@ -39,8 +39,9 @@ class LanguageCall:
         implementation: the attention implementation the user chose.
         plan_id: tells one handle's merges from another's in a cache.
         records: whether the caller wants every layer's output.
-        drafted: how many of the last tokens are guesses of assisted decoding. They ask about no picture, or
-            what survives would depend on the guesses.
+        prompt: the caller's position where the prompt of `generate` ends, if known. Behind it stand guesses
+            of assisted decoding or, without a cache, the answer so far. They ask about no picture, or what
+            survives would depend on them.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class LanguageCall:
         implementation: str,
         plan_id: int,
         records: bool = False,
-        drafted: int = 0,
+        prompt: int | None = None,
     ) -> None:
         self.settings, self.implementation, self.plan_id = plan.settings, implementation, plan_id
         self.scored_at = plan.scored_at
@@ -62,7 +63,8 @@ class LanguageCall:
         self.additions: dict[int, Tensor] = {}
         self.visual, self.padding_mask, self.past = visual, padding_mask, past
         self.length, self.dtype = embeds.shape[1], embeds.dtype
-        self.asking_end = past + self.length - drafted
+        end = past + self.length
+        self.asking_end = min(prompt, end) if prompt is not None and prompt > past else end
         self.attending: int | None = None
         self._rotation: tuple[Tensor, Tensor] | None = None
         self._inputs: Tensor | None = None

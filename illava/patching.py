@@ -100,8 +100,8 @@ class Hook(OfOneModel):
     Hooks are not traced: torch.compile breaks its graph at them and compiles what lies between.
     """
 
-    def __init__(self, hook: Callable[..., Any]) -> None:
-        self._hook = torch.compiler.disable(hook)
+    def __init__(self, hook: Callable[..., Any], compiled_inside: bool = False) -> None:
+        self._hook = hook if compiled_inside else torch.compiler.disable(hook)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._hook(*args, **kwargs)
@@ -191,8 +191,8 @@ class Handle(OfOneModel):
         ):
             self._wrap_method(module, name, wrapper)
         for module in self._outermost.modules():
-            if hasattr(module, "_get_candidate_generator"):
-                self._wrap_method(module, "_get_candidate_generator", language.draft)
+            if hasattr(module, "generate"):
+                self._wrap_method(module, "generate", language.generate, compiled_inside=True)
         self._before(seams.model, language.enter_model)
         self._after(seams.model, language.leave_model, always=True)
         self._after(self._outermost, language.leave_outermost, always=True)
@@ -245,10 +245,16 @@ class Handle(OfOneModel):
         register = partial(module.register_forward_hook, with_kwargs=True, prepend=True)
         self._undo.append(register(Hook(hook), always_call=always).remove)
 
-    def _wrap_method(self, module: nn.Module, name: str, wrapper: Callable[..., Any]) -> None:
-        """A method that is no module has no hooks: the instance gets its own, until removal."""
+    def _wrap_method(
+        self, module: nn.Module, name: str, wrapper: Callable[..., Any], *, compiled_inside: bool = False
+    ) -> None:
+        """A method that is no module has no hooks: the instance gets its own, until removal.
+
+        Args:
+            compiled_inside: whether what it calls may be compiled, though it is not itself.
+        """
         own = module.__dict__.get(name)  # of another tool's, which comes back
-        wrapped = Hook(partial(wrapper, getattr(module, name)))
+        wrapped = Hook(partial(wrapper, getattr(module, name)), compiled_inside)
 
         def restore() -> None:
             if module.__dict__.get(name) is not wrapped:

@@ -46,7 +46,6 @@ class LanguageHooks:
 
     def leave_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         self.state.visual.set(None)
-        self.state.drafted.set((0, 0))
         self.state.left.set(())
         return self.restore_hidden_states(output)
 
@@ -86,7 +85,7 @@ class LanguageHooks:
             mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None,
             past, module.config._attn_implementation, self.state.number,
             records=call_args.get("output_hidden_states") not in (None, False),
-            drafted=self._drafted(past, embeds.shape[1]),
+            prompt=self.state.prompt.get(),
         )  # fmt: skip
         if visual is not None:
             if call.broken:
@@ -118,25 +117,14 @@ class LanguageHooks:
         self.state.language.set(call)
         return (), call_args
 
-    def draft(self, get_candidate_generator: Any, *args: Any, **kwargs: Any) -> Any:
-        """What makes drafts for assisted decoding tells how much of the next call is one."""
-        generator = get_candidate_generator(*args, **kwargs)
-        get_candidates = generator.get_candidates
-
-        def announced(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            candidates = get_candidates(input_ids, *args, **kwargs)
-            length = candidates[0].shape[1]
-            self.state.drafted.set((length - input_ids.shape[1], length))
-            return candidates
-
-        generator.get_candidates = announced
-        return generator
-
-    def _drafted(self, past: int, length: int) -> int:
-        """How many tokens of this call are a draft; what was announced for another call counts for nothing."""
-        drafted, announced = self.state.drafted.get()
-        self.state.drafted.set((0, 0))
-        return drafted if announced in (length, past + length) else 0
+    def generate(self, own: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model's own `generate`; its calls learn where the prompt ends, whatever stands behind it."""
+        named = (kwargs.get(name) for name in ("attention_mask", "input_ids", "inputs", "inputs_embeds"))
+        lengths = (
+            x.shape[1] for x in (*named, *args[:1]) if isinstance(x, torch.Tensor) and x.ndim in (2, 3)
+        )
+        with self.state.answering(next(lengths, None)):  # the mask comes first: it covers a cache, too
+            return own(*args, **kwargs)
 
     def _no_mask(self, embeds: torch.Tensor) -> Any:
         """Keeps Hugging Face from making a mask of the caller's length: a mask it takes for ready."""

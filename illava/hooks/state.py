@@ -83,7 +83,7 @@ class State(OfOneModel):
         visual: which tokens of the coming language model call are visual.
         language: the language model call under way.
         hidden_states: what the language model call put back at the caller's length.
-        drafted: how many tokens a draft of assisted decoding ends with, and the length of it all.
+        prompt: the caller's position where the prompt ends that `generate` is answering.
         joining: whether a method of the model's own is joining pictures and text right now.
     """
 
@@ -98,7 +98,7 @@ class State(OfOneModel):
         self.visual: Slot[VisualInput | None] = Slot(None)
         self.language: Slot[LanguageCall | None] = Slot(None)
         self.hidden_states: Slot[Any] = Slot(None)
-        self.drafted: Slot[tuple[int, int]] = Slot((0, 0))
+        self.prompt: Slot[int | None] = Slot(None)
         self.joining: Slot[bool] = Slot(False)
 
     def forget(self) -> None:
@@ -132,6 +132,16 @@ class State(OfOneModel):
             yield
         finally:
             self.visual.set(None)
+
+    @contextmanager
+    def answering(self, prompt: int | None) -> Iterator[None]:
+        """The language model calls inside belong to one `generate`, whose prompt ends at this position."""
+        outer = self.prompt.get()
+        self.prompt.set(prompt)
+        try:
+            yield
+        finally:
+            self.prompt.set(outer)
 
     @contextmanager
     def gathering(self) -> Iterator[None]:

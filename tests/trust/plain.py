@@ -1,4 +1,4 @@
-"""A patched model's plain definition, as a model: every call runs everything anew, from the family's reference.
+"""A patched model's plain definition, as a model: every call runs all anew, from the family's reference.
 
 No cache, no hooks, no batch: the logits of each row come from `references`, which shares nothing with the
 package. Hugging Face's own `generate` runs on it, so that every way of decoding has its definition.
@@ -53,7 +53,7 @@ class Plain(PreTrainedModel, GenerationMixin):
         return {"input_ids": input_ids}
 
     def forward(self, input_ids, attention_mask=None, **kwargs):
-        """Logits `[B, 1, vocab]` of the last position: beams and returned sequences are rows like any other."""
+        """Logits `[B, 1, vocab]` of the last position: beams and several answers are rows as any other."""
         return CausalLMOutputWithPast(logits=torch.stack([self._last(row) for row in input_ids.tolist()]))
 
     def _last(self, row: list[int]) -> torch.Tensor:
@@ -72,14 +72,15 @@ class Plain(PreTrainedModel, GenerationMixin):
         torch.manual_seed(seed)
         return self.generate(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
-            max_new_tokens=tokens, use_cache=False, **settings,
+            max_new_tokens=tokens, **settings | {"use_cache": False},
         )  # fmt: skip
 
 
-# Every way is tried on the first; the others take longer and run with `-m slow`.
-FAMILIES = ["qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision"]
+# The rest of the zoo runs with `-m slow`.
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision")
 each_family = pytest.mark.parametrize(
-    "family", [FAMILIES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[1:])]
+    "family",
+    [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in zoo.FAMILIES],
 )
 
 

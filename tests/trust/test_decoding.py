@@ -56,6 +56,8 @@ WAYS = {
     "an end token": dict(do_sample=False, eos_token_id=list(range(30, 90))),
     "min_new_tokens": dict(do_sample=False, eos_token_id=list(range(30, 150)), min_new_tokens=3),
     "max_new_tokens=1": dict(do_sample=False, tokens=1),
+    "use_cache=False": dict(do_sample=False, use_cache=False),
+    "use_cache=False, beam search": dict(do_sample=False, use_cache=False, num_beams=2),
 }  # fmt: skip
 CLAIMED = [
     pytest.param(
@@ -140,7 +142,7 @@ MOVED = {
             id=name,
             marks=pytest.mark.claim(
                 "Decoding", name, "refused",
-                "no longer in transformers: generate names the repository it moved to, with or without illava",
+                "no longer in transformers: generate names the repository it moved to, patched or not",
             ),
         )
         for name, settings in MOVED.items()
@@ -148,7 +150,7 @@ MOVED = {
 )  # fmt: skip
 @each_family
 def test_what_left_transformers(family, settings):
-    """These run code downloaded from the Hub with `trust_remote_code`, which illava neither sets nor ships."""
+    """These run code from the Hub under `trust_remote_code`, which illava neither sets nor ships."""
     inputs = inputs_of(family, "beams")
     with patched(family), pytest.raises(ValueError, match="trust_remote_code"):
         tools.generate(tools.build(family), inputs, **settings)
@@ -160,6 +162,10 @@ def test_what_left_transformers(family, settings):
 @each_family
 def test_guidance(family):
     """The second run, without the prompt, goes through the same patched model in between."""
+    if family.startswith("qwen"):
+        pytest.skip("without illava, 5.23 fails here and 4.57 gives one run the positions of the other")
+    if family.startswith("minicpmv4"):
+        pytest.skip("without illava, transformers fails here")
     kind, scale = tools.mixed(family), 1.8
     model, inputs = tools.build(family), inputs_of(family, kind)
     with patched(family):
@@ -178,16 +184,3 @@ def test_guidance(family):
     expected = scale * (plain - bare) + bare
     torch.testing.assert_close(torch.cat(out.scores), expected, atol=1e-4, rtol=1e-4)
     assert answer == expected.argmax(-1).tolist()
-
-
-def every_token_anew(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-    """Someone's own way of decoding: the second likeliest token, from a cache it is given."""
-    length = generation_config.max_length
-    cache, step = None, model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
-    while input_ids.shape[1] < length:
-        out = model(**step)
-        chosen = out.logits[:, -1].topk(2).indices[:, 1:]
-        input_ids, cache = torch.cat([input_ids, chosen], dim=1), out.past_key_values
-        mask = torch.nn.functional.pad(step["attention_mask"], (0, 1), value=1)
-        step = {"input_ids": chosen, "attention_mask": mask, "past_key_values": cache}
-    return input_ids
