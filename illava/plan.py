@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from illava.errors import PlanError
@@ -70,6 +72,9 @@ class Plan:
         for name in ("vit_layers", "llm_layers"):
             object.__setattr__(self, name, _layer_tuple(name, getattr(self, name)))
         _check_range("reduction", self.reduction, 0, 1, upper_open=True, hint="for example 0.667")
+        for name in ("encoder_share", "recycled", "members"):
+            if getattr(self, name) is None:
+                raise PlanError(f"{name}=None says nothing; leave it out for the default")
         _check_range("encoder_share", self.encoder_share, 0, 1)
         for name in ("vit_keep_ratio", "llm_keep_ratio"):
             _check_range(
@@ -113,8 +118,59 @@ class Plan:
         return replace(plan, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values, for JSON; `Plan(**d)` reads it back."""
+        """Everything as plain values; `Plan.from_dict` reads it back."""
         return asdict(self)
+
+    def to_json(self) -> str:
+        """Everything as JSON; `Plan.from_json` reads it back."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Plan:
+        """A plan from plain values that somebody else wrote; what is left out has its default.
+
+        Raises:
+            PlanError: not a dict, a setting that does not exist, or a value out of range.
+        """
+        if not isinstance(values, Mapping):
+            raise PlanError(
+                f"a plan is a dict of settings, not {values!r}; give for example {{'reduction': 0.5}}"
+            )
+        for name in values:
+            if name not in PLAN_FIELDS:
+                near = get_close_matches(str(name), PLAN_FIELDS, n=1)
+                remedy = (
+                    f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(PLAN_FIELDS))}"
+                )
+                raise PlanError(f"{name!r} is not a setting of a plan; {remedy}")
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Plan:
+        """A plan from JSON, taken for data and nothing else.
+
+        Raises:
+            PlanError: not JSON, a name twice, NaN or infinity, or whatever `from_dict` refuses.
+        """
+
+        def refuse(constant: str) -> None:
+            raise PlanError(f"{constant} in a plan's JSON is no number; write one within its range")
+
+        def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            names = [name for name, _ in pairs]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise PlanError(f"a plan's JSON says {twice[0]!r} twice; say it once")
+            return dict(pairs)
+
+        try:
+            values = json.loads(text, parse_constant=refuse, object_pairs_hook=once)
+        except PlanError:
+            raise
+        except (ValueError, TypeError, RecursionError) as error:
+            raise PlanError(
+                f"a plan's JSON cannot be read: {error}; Plan.to_json() writes one that can"
+            ) from error
+        return cls.from_dict(values)
 
     @property
     def budget(self) -> str:
@@ -137,7 +193,7 @@ def _layer_tuple(name: str, layers: Any) -> tuple[int, ...] | None:
         return None
     if isinstance(layers, int):
         raise PlanError(f"{name}={layers} is a single number; give a tuple, {name}=({layers},)")
-    if not isinstance(layers, Iterable) or isinstance(layers, str):
+    if not isinstance(layers, Iterable) or isinstance(layers, (str, bytes, Mapping)):
         raise PlanError(f"{name}={layers!r} is not a tuple of layers; give for example {name}=(2, 8)")
     layers = tuple(layers)
     wrong = [x for x in layers if not isinstance(x, int) or isinstance(x, bool) or x < 0]
