@@ -23,7 +23,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from readers import architectures, batches, tasks  # noqa: E402
+from readers import architectures, batches, states, tasks  # noqa: E402
 from readers.batches import Kind  # noqa: E402
 
 import illava  # noqa: E402
@@ -108,14 +108,15 @@ def validate(model, processor, *, items: int) -> dict[str, float]:
 
 def restore(path: Path, model, parts, average) -> tuple[int, float]:
     """Go on from a saved state: the step reached and the hours spent."""
+    if path.with_suffix(".pt").exists():
+        sys.exit(
+            f"{path.with_suffix('.pt')} was saved by an earlier version of this script; finish that run with "
+            "that version, or delete the file to begin afresh"
+        )
     if not path.exists():
         return 0, 0.0
-    state = torch.load(path, weights_only=True, map_location="cpu")
-    model.load_state_dict(state["model"])
-    average.load_state_dict(state["average"])
-    for optimizer, saved in zip(parts, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    return state["step"], state["hours"]
+    saved = states.read(path, {"model": model, "average": average}, parts)
+    return saved["step"], saved["hours"]
 
 
 def main(
@@ -149,7 +150,7 @@ def main(
     parts = optimizers(model, learning_rate)
     state.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    step, hours = restore(state / "state.pt", model, parts, average)
+    step, hours = restore(state / "state.safetensors", model, parts, average)
     kinds, losses, began = list(KINDS), [], time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as bar:
@@ -183,13 +184,6 @@ def main(
 
 def save(model, average, processor, parts, step, hours, losses, state, out) -> None:
     """Validate the averaged weights, note it, and write checkpoint and state."""
-    torch.save(
-        {
-            "model": model.state_dict(), "average": average.state_dict(), "step": step, "hours": hours,
-            "optimizers": [optimizer.state_dict() for optimizer in parts],
-        },
-        state / "new.pt",
-    )  # fmt: skip
     scores = validate(average, processor, items=48)
     architectures.save(average, processor, out)
     loss, right = (float(torch.stack(values).mean()) for values in zip(*losses, strict=True))
@@ -202,7 +196,9 @@ def save(model, average, processor, parts, step, hours, losses, state, out) -> N
         if fresh:
             writer.writeheader()
         writer.writerow(row)
-    (state / "new.pt").replace(state / "state.pt")  # last: what is noted twice is seen, what is lost is not
+    # Last: what is noted twice is seen, what is lost is not.
+    models = {"model": model, "average": average}
+    states.write(state / "state.safetensors", models, parts, step=step, hours=hours)
 
 
 if __name__ == "__main__":
