@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from accuracy_ablations import GROUPS, PLANS
 from accuracy_measure import BUDGETS, Cell, Reader, load, measure, pack, ready, versions
-from accuracy_show import plots, tables
+from accuracy_show import BEGIN, END, plots, readme_block, tables
 from readers import tasks
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -55,6 +55,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--items", type=int, default=2000, help="of each task")
     add("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     add("--out", type=Path, default=RESULTS / "accuracy.csv")
+    add("--readme", action="store_true", help="put the test split's tables into the README")
     add("--show", action="store_true", help="only tables and plots of what the CSV holds")
     return parser.parse_args(arguments)
 
@@ -156,6 +157,10 @@ def main() -> None:
         sys.exit(130)
     rows = list(done(options.out).values())
     tables(console, rows)
+    if options.readme:
+        text = (ROOT / "README.md").read_text()
+        before, after = text.split(BEGIN)[0], text.split(END)[1]
+        (ROOT / "README.md").write_text(before + readme_block(rows) + after)
     plots(rows, options.out.with_suffix(""))
 
 

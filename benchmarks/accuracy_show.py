@@ -119,6 +119,22 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
+BEGIN, END = "<!-- accuracy tables -->", "<!-- end of accuracy tables -->"
+
+
+def readme_block(rows: Sequence[Row]) -> str:
+    """What stands between the README's markers, both included: the test split's tables."""
+    shown = [row for row in rows if row["split"] == "test"]
+    if not shown:
+        return "\n".join([BEGIN, "Not measured yet.", END])
+    counts = {int(row["items"]) for row in shown if not row["note"]}
+    versions = {f"torch {row['torch']}, transformers {row['transformers']}, {row['device']}" for row in shown}
+    items = f"{min(counts):,}" if len(counts) == 1 else f"{min(counts):,} to {max(counts):,}"
+    told = f"{items} items a task, ± half of the 95 % interval; {'; '.join(sorted(versions))}."
+    notes = sorted({f"- {row['method']}: {row['note']}" for row in shown if row["note"]})
+    return "\n".join([BEGIN, told, "", markdown(shown).rstrip(), *(["", *notes] if notes else []), END])
+
+
 def plots(rows: Sequence[Row], stem: Path) -> None:
     """Accuracy kept on the picture tasks against the reduction, a figure for each reader and budget."""
     grouped = groups([row for row in rows if row["task"] != "video"])

@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from illava.candidates import Candidates
     from illava.errors import (
         AlreadyPatchedError,
         CacheError,
@@ -38,6 +39,7 @@ _HOME = {
     "unpatch": "illava.patching",
     "Handle": "illava.patching",
     "supported_models": "illava.families",
+    "Candidates": "illava.candidates",
     "Plan": "illava.plan",
     "ModelPlan": "illava.schedule",
     "Report": "illava.report",
@@ -53,6 +55,7 @@ _HOME = {
 __all__ = [
     "AlreadyPatchedError",
     "CacheError",
+    "Candidates",
     "Handle",
     "IllavaError",
     "ModelPlan",

@@ -63,6 +63,7 @@ class ModelShape:
         layers: of each decoder layer, its weights and its channels of attention (0 for linear
             attention, whose cost grows with the weights alone).
         head: weights of the language model's head.
+        depth: encoder blocks whose output is used.
     """
 
     embed: int
@@ -75,6 +76,7 @@ class ModelShape:
     regrid: tuple[int, int] | None
     layers: tuple[tuple[int, int], ...]
     head: int
+    depth: int
 
 
 def measure(seams: Seams) -> ModelShape:
@@ -107,6 +109,7 @@ def measure(seams: Seams) -> ModelShape:
         regrid=regrid,
         layers=tuple(layers),
         head=config.hidden_size * config.vocab_size,
+        depth=depth,
     )
 
 
@@ -155,6 +158,8 @@ def _vision(shape: ModelShape, schedule: SegmentSchedule, unit: int, after: dict
         total += 2.0 * shape.block_attention * tokens + 4.0 * shape.block_width * tokens * span
         units = after.get(number, units)
         total += 2.0 * shape.block_ffn * units * per_unit
+        if number + 1 == shape.depth:
+            units = after.get(shape.depth, units)
         total += sum(2.0 * weights * units for block, weights in shape.projectors if block == number)
         if regrid is not None and regrid[0] == number:
             total += 2.0 * regrid[1] * units
@@ -163,6 +168,7 @@ def _vision(shape: ModelShape, schedule: SegmentSchedule, unit: int, after: dict
 
 def _language(shape: ModelShape, tokens: int, after: dict[int, int]) -> float:
     total = 2.0 * shape.head
+    tokens = after.get(-1, tokens)
     for number, (weights, width) in enumerate(shape.layers):
         total += 2.0 * weights * tokens + 4.0 * width * tokens * (tokens + 1) / 2
         tokens = after.get(number, tokens)

@@ -9,39 +9,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from illava import merge, sequence
+from illava.candidates import decide
 from illava.families.seams import Additions, Seams
 from illava.families.visual import VisualInput
+from illava.language_stage import Stage
+from illava.plan import name_of
 from illava.schedule import ModelPlan
-from illava.scores import Scores, attention_importance
+from illava.scores import Scores, attention_importance, slots_to_choose
 from illava.vision import is_broken, is_dead
-
-
-@dataclass
-class Stage:
-    """What the decoder holds from one layer on.
-
-    Attributes:
-        first_layer: the first layer that sees it.
-        positions: `[B, n]` the caller's position of each slot, -1 for padding on the left.
-        entry: `[B, n]` which slot of the first stage each one was.
-        row_lengths: real slots per row, known on the host.
-    """
-
-    first_layer: int
-    positions: Tensor
-    entry: Tensor
-    row_lengths: tuple[int, ...]
-
-    @property
-    def ragged(self) -> bool:
-        return min(self.row_lengths) < self.positions.shape[1]
 
 
 class LanguageCall:
@@ -57,6 +39,8 @@ class LanguageCall:
         implementation: the attention implementation the user chose.
         plan_id: tells one handle's merges from another's in a cache.
         records: whether the caller wants every layer's output.
+        drafted: how many of the last tokens are guesses of assisted decoding. They ask about no picture, or
+            what survives would depend on the guesses.
     """
 
     def __init__(
@@ -70,6 +54,7 @@ class LanguageCall:
         implementation: str,
         plan_id: int,
         records: bool = False,
+        drafted: int = 0,
     ) -> None:
         self.settings, self.implementation, self.plan_id = plan.settings, implementation, plan_id
         self.scored_at = plan.scored_at
@@ -77,7 +62,11 @@ class LanguageCall:
         self.additions: dict[int, Tensor] = {}
         self.visual, self.padding_mask, self.past = visual, padding_mask, past
         self.length, self.dtype = embeds.shape[1], embeds.dtype
+        self.asking_end = past + self.length - drafted
         self.attending: int | None = None
+        self._rotation: tuple[Tensor, Tensor] | None = None
+        self._inputs: Tensor | None = None
+        self.grids: Sequence[tuple[int, int, int]] = ()  # of each segment, as the report tells
         self.counts: list[list[int]] = []  # slots per segment, one entry per stage
         self._scores: dict[int, Scores] = {}
         self._masks: dict[Any, Tensor | None] = {}
@@ -106,6 +95,7 @@ class LanguageCall:
         self.broken: dict[int, int] = dict(Counter(broken.tolist()))
         dead = found["dead"] & (segment >= 0)
         text = (segment < 0) & real
+        text[:, self.asking_end - self.past :] = False
         if newline is not None:  # behind a newline is no picture: it belongs to none, and always stays
             segment = segment.masked_fill(found["newline"], -1)
         self._lost_any = bool(dead.any())
@@ -196,9 +186,12 @@ class LanguageCall:
         mark = None if self.visual is None else (self.plan_id, stage.first_layer)
         cached.expect(stage.positions, self.length, stage.ragged, mark)
 
-    def begin_attention(self, layer: int, cached: sequence.MergedLayer | None) -> None:
-        """Announce that `layer`'s attention runs next."""
+    def begin_attention(
+        self, layer: int, cached: sequence.MergedLayer | None, rotation: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """Announce that `layer`'s attention runs next, with these cosines and sines `[B, n, D]`."""
         self.attending, self._keys = layer, self._key_positions(self.stage(layer), cached)
+        self._rotation = rotation
 
     def padding(self, layer: int) -> Tensor | None:
         """`[B, n]` which slots `layer` is given are real, for a layer that needs no other mask."""
@@ -216,7 +209,8 @@ class LanguageCall:
         importance = attention_importance(  # [B, n]
             q, k, scale,
             k_positions=self._keys.to(q.device),
-            score=self.settings.score,
+            asking_end=self.asking_end,
+            score=name_of(self.settings.score),
             queries=self.settings.queries,
             text=self._text.to(q.device),
             text_width=self._text_width,
@@ -224,23 +218,28 @@ class LanguageCall:
             lone=self._slots_of(lone) if lone and self.settings.queries == "text" else None,
         )  # fmt: skip
         queries, keys = q.transpose(1, 2), k[:, :, -slots:].transpose(1, 2)  # [B, n, H, D]
-        self._scores[layer] = Scores(importance, queries, keys, scale)
+        self._scores[layer] = Scores(importance, queries, keys, scale, (k, self._keys), self._rotation)
 
-    def _decide(self, layer: int) -> merge.Merge:
-        scores, counts = self._scores[self.scored_at[layer]], self.counts[-1]
-        return merge.select(
-            scores.importance.flatten()[self.table],
-            self.table,
-            counts,
-            [n - r for n, r in zip(counts, self.removed[layer], strict=True)],
-            total_units=scores.importance.numel(),
-            rule=self.settings.merge,
-            recycled_share=self.settings.recycled,
-            members=self.settings.members,
-            queries=scores.queries.flatten(0, 1)[:, None],  # [B*n, 1, H, D]
-            keys=scores.keys.flatten(0, 1)[:, None],
-            scale=scores.scale,
-        )
+    @torch.no_grad()
+    def _decide(self, layer: int, hidden: Tensor) -> merge.Merge:
+        """Who survives a merge, and of what they are made, given `[B, n, d]`."""
+        visual, device, counts = self.visual, self.table.device, self.counts[-1]
+        if visual is None:
+            raise RuntimeError("a merge in a call that brings no picture")
+        stage, given = self.stages[-1], hidden if self._inputs is None else self._inputs
+        positions = stage.positions.to(device)
+        candidates = slots_to_choose(
+            layer, self.table, counts, self.removed[layer], hidden.detach(),
+            stage.slot_sizes().to(device),
+            self._scores[self.scored_at[layer]] if layer in self.scored_at else None,
+            positions, self._text.to(device), self._text_width,
+            place=lambda: sequence.take_rows(
+                sequence.grid_places(visual.segment, visual.tokens, self.grids).to(device),
+                (positions - self.past).clamp(min=0),
+            ),
+            inputs=lambda: sequence.take_rows(given.detach().to(device), stage.entry),
+        )  # fmt: skip
+        return decide(candidates, self.settings)
 
     def _slots_of(self, segments: Sequence[int]) -> Tensor:
         """`[B, n]` bool: the slots of these segments."""
@@ -263,6 +262,19 @@ class LanguageCall:
             self.additions[layer] = self.enter_features(full.masked_scatter(places[..., None], rows))
         return call | {names.places: None, names.features: None}
 
+    def merge_input(self, features: Tensor) -> Tensor:
+        """Merge before the first layer: `[B, n, d]` to what that layer is given."""
+        self._inputs = features.detach() if self.settings.by_function else None
+        if self.merges_at(-1):
+            features = self.merge(-1, features)
+            self._inputs = features.detach()
+            stage = self.stages.pop()
+            columns = self.entry_columns
+            self.entry_columns = columns.gather(1, stage.entry.to(columns.device))
+            places = torch.arange(stage.positions.shape[1], device=stage.entry.device)
+            self.stages = [replace(stage, entry=places.expand_as(stage.entry))]
+        return features
+
     def leave_layer(self, layer: int, hidden: Tensor) -> Tensor:
         """What follows `layer`'s output: additions of the model's own, then the merge."""
         addition = self.additions.pop(layer, None)
@@ -276,7 +288,7 @@ class LanguageCall:
 
     def merge(self, layer: int, hidden: Tensor) -> Tensor:
         """Merge after `layer`: `[B, n, d]` to `[B, n', d]`, padded on the left."""
-        decision, stage = self._decide(layer), self.stage(layer)
+        decision, stage = self._decide(layer, hidden), self.stages[-1]
         rows = list(stage.row_lengths)
         for segment, removed in enumerate(self.removed[layer]):
             rows[self.segment_rows[segment]] -= removed
@@ -288,7 +300,11 @@ class LanguageCall:
         kept = keep.gather(1, index)
         positions = old.gather(1, index).masked_fill(~kept, -1)
         entry = stage.entry.to(device).gather(1, index)
-        self.stages.append(Stage(layer + 1, positions, entry, tuple(rows)))
+        sizes = None
+        if decision.mixture is not None:
+            grown = decision.grow(stage.slot_sizes().flatten().to(decision.keep.device))
+            sizes = grown.view(batch, slots).to(device).gather(1, index)
+        self.stages.append(Stage(layer + 1, positions, entry, tuple(rows), sizes))
         self._text = self._text.to(device).gather(1, index) & kept
 
         # A kept slot moves to its rank among its row's kept slots, counted from the right.
@@ -298,9 +314,9 @@ class LanguageCall:
         self.table = moved.flatten()[decision.kept_table]
         self.counts.append(list(decision.kept_counts))
 
-        at = self.scored_at[layer]
-        scores = self._scores.pop(at)
-        if at in [self.scored_at[later] for later in self.removed if later > layer]:
+        at = self.scored_at.get(layer, layer)
+        scores = self._scores.pop(at, None)
+        if scores is not None and at in [self.scored_at[later] for later in self.removed if later > layer]:
             self._scores[at] = scores.take(index)
 
         def apply(x: Tensor) -> Tensor:  # [B, n, d] to [B, n', d]

@@ -10,7 +10,7 @@ M members of a group, U units in all, g tokens per unit, H query heads, K key he
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,8 @@ class Merge:
         kept_table: `[S, P]` for each segment its surviving units in ascending order; rows are
             padded at the end.
         kept_counts: how many of each row of `kept_table` are real.
+        mixture: where a function is the rule, `[S, N]` each segment's units and `[S, P, N]` the weights
+            of which each kept unit is made.
     """
 
     keep: Tensor
@@ -42,6 +44,7 @@ class Merge:
     weights: Tensor
     kept_table: Tensor
     kept_counts: tuple[int, ...]
+    mixture: tuple[Tensor, Tensor] | None = None
 
     def blend(self, features: Tensor) -> Tensor:
         """Replace the recycled units' rows by the weighted sum of their groups.
@@ -52,12 +55,27 @@ class Merge:
         Returns:
             `[U, ...]` in the same dtype; rows of other units are untouched.
         """
+        flat = features.reshape(features.shape[0], -1)  # [U, g*d]
+        if self.mixture is not None:
+            index, weights = (x.to(flat.device) for x in self.mixture)
+            mixed = torch.einsum("spn,snd->spd", weights, flat[index].float())
+            real = _real(self.kept_counts, self.kept_table.shape[1], flat.device)
+            kept = self.kept_table.to(flat.device).flatten()[real]
+            return flat.index_copy(0, kept, mixed.flatten(0, 1)[real].to(flat.dtype)).reshape(features.shape)
         if self.recycled.numel() == 0:
             return features
-        flat = features.reshape(features.shape[0], -1)  # [U, g*d]
         group = flat[self.sources].float()  # [R, M, g*d]
         mixed = torch.einsum("rm,rmd->rd", self.weights, group).to(flat.dtype)
         return flat.index_copy(0, self.recycled, mixed).reshape(features.shape)
+
+    def grow(self, sizes: Tensor) -> Tensor:
+        """How many units each stands for, `[U]`, once others have gone into it whole by a function's rule."""
+        if self.mixture is None:
+            return sizes
+        index, weights = self.mixture
+        grown = torch.einsum("spn,sn->sp", (weights != 0).to(sizes), sizes[index])
+        real = _real(self.kept_counts, self.kept_table.shape[1], sizes.device)
+        return sizes.index_copy(0, self.kept_table.flatten()[real], grown.flatten()[real])
 
 
 def select(
@@ -67,7 +85,7 @@ def select(
     keep_counts: Sequence[int],
     *,
     total_units: int,
-    rule: str = "recycle",
+    rule: str | Callable[[Tensor], Tensor] = "recycle",
     recycled_share: float = 0.05,
     members: int = 5,
     queries: Tensor | None = None,
@@ -86,7 +104,9 @@ def select(
         total_units: `U`.
         rule: `"recycle"` (informative and recycled units), `"prune"` (drop the rest) or `"linear"`
             (the first version's: one unit takes in all the dropped ones with weights R+1, ..., 1,
-            the least important weighing most, as its section 3.2 and its released code have it).
+            the least important weighing most, as its section 3.2 and its released code have it), or a
+            function from the places of kept units `[S, P]`, ascending in a row, to the weights
+            `[S, P, N]` of which each is made.
         recycled_share: share of the kept units that recycle; at least one does.
         members: size M of a group, the recycled unit itself included.
         queries, keys: `[U, g, H, D]` and `[U, g, K, D]`, the same layer's rotated queries and keys;
@@ -115,8 +135,12 @@ def select(
     keep[flat_all] = False
     keep[flat_kept] = True
 
-    groups = _no_groups(device)
-    if rule == "linear":
+    groups, mixture = _no_groups(device), None
+    if callable(rule):
+        places = table.clamp(max=width - 1)
+        itself = torch.nn.functional.one_hot(places, width).float()
+        mixture = index, torch.where((kept < count)[..., None], rule(places).float(), itself)
+    elif rule == "linear":
         groups = _linear_groups(order, index, counts, keep_counts)
     elif rule == "recycle":
         if queries is None or keys is None:
@@ -124,7 +148,7 @@ def select(
         groups = _recycled_groups(
             order, index, counts, keep_counts, recycled_share, members, queries, keys, scale
         )
-    return Merge(keep, *groups, kept_table, tuple(keep_counts))
+    return Merge(keep, *groups, kept_table, tuple(keep_counts), mixture)
 
 
 def recycled_count(kept: int, removed: int, share: float) -> int:

@@ -17,7 +17,7 @@ from torch import nn
 
 from illava import checks, families
 from illava.families.seams import Seams
-from illava.hooks import ATTENTION_NAME, ConfigView, EncoderHooks, LanguageHooks, State, attention
+from illava.hooks import ATTENTION_NAME, ConfigView, EncoderHooks, LanguageHooks, OfOneModel, State, attention
 from illava.plan import Plan
 from illava.report import Report
 from illava.schedule import ModelPlan, resolve
@@ -44,8 +44,9 @@ def patch(
             results differ by rounding.
         **settings: the fields of `illava.Plan`, instead of `plan`: `vit_layers`, `llm_layers`,
             `reduction` (2/3), `encoder_share` (0.4), `recycled` (0.05), `members` (5), `score`,
-            `merge`, `queries`, `window_score`, and the other two budgets `vit_keep_ratio` with
-            `llm_keep_ratio`, `vit_tokens_removed` with `llm_tokens_removed`.
+            `merge`, `queries`, `window_score`, `proportional`, and the other three budgets
+            `vit_keep_ratio` with `llm_keep_ratio`, `vit_tokens_removed` with `llm_tokens_removed`,
+            `vit_shares` with `llm_shares`.
 
     Returns:
         A handle with `.plan`, `.report` and `.remove()`, usable in `with`.
@@ -93,7 +94,20 @@ def unpatch(model: nn.Module) -> None:
             handle.remove()
 
 
-class Handle:
+class Hook(OfOneModel):
+    """One of illava's hooks, as it stands on a module.
+
+    Hooks are not traced: torch.compile breaks its graph at them and compiles what lies between.
+    """
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook = torch.compiler.disable(hook)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._hook(*args, **kwargs)
+
+
+class Handle(OfOneModel):
     """A patched model's plan, report and way back.
 
     Attributes:
@@ -108,8 +122,8 @@ class Handle:
         self._seams, self._outermost = seams, outermost
         self._state = State(plan, seams, family, fast_windows)
         self._undo: list[Callable[[], None]] = []
-        setattr(seams.model, HANDLE_ATTRIBUTE, self)
         try:
+            setattr(seams.model, HANDLE_ATTRIBUTE, self)
             self._install()
         except BaseException:
             self.remove()
@@ -127,11 +141,14 @@ class Handle:
 
     def remove(self) -> None:
         """Leave the model exactly as it was. May be called again."""
+        # Each step may be done twice, and is crossed off when it is done: who is interrupted calls again.
         while self._undo:
-            self._undo.pop()()
+            self._undo[-1]()
+            self._undo.pop()
         if self.active:
-            delattr(self._seams.model, HANDLE_ATTRIBUTE)
+            self._state.forget()
             torch.compiler.reset()
+            delattr(self._seams.model, HANDLE_ATTRIBUTE)
 
     def __enter__(self) -> Handle:
         return self
@@ -161,8 +178,9 @@ class Handle:
                 self._after(seam.module, lambda m, a, k, out, seam=seam: encoder.leave_projector(seam, out))
             if self.plan.vit_layers and seams.regrid is not None:
                 self._before(seams.regrid.module, partial(encoder.enter_regrid, seams.regrid))
-        first = 0 if self._state.fast_windows else min(self.plan.vit_layers, default=len(seams.blocks))
-        for number in range(first, len(seams.blocks)):
+        depth = len(seams.blocks)
+        first = min((*self.plan.vit_layers, depth - 1)) if self.plan.vit_layers else depth
+        for number in range(0 if self._state.fast_windows else first, depth):
             self._hook_block(number, encoder)
         if self.plan.removes_nothing:
             return
@@ -172,6 +190,9 @@ class Handle:
             self._state
         ):
             self._wrap_method(module, name, wrapper)
+        for module in self._outermost.modules():
+            if hasattr(module, "_get_candidate_generator"):
+                self._wrap_method(module, "_get_candidate_generator", language.draft)
         self._before(seams.model, language.enter_model)
         self._after(seams.model, language.leave_model, always=True)
         self._after(self._outermost, language.leave_outermost, always=True)
@@ -183,7 +204,8 @@ class Handle:
     def _hook_block(self, number: int, hooks: EncoderHooks) -> None:
         seams, block = self._seams, self._seams.blocks[number]
         self._before(block, partial(hooks.enter_block, number))
-        if number not in self.plan.vit_layers and not self._state.fast_windows:
+        at_output = {number + 1} & {len(seams.blocks)} & set(self.plan.vit_layers)
+        if not (number in self.plan.vit_layers or at_output or self._state.fast_windows):
             return
         attends = getattr(block, seams.block_attention)
         if seams.block_observed is None:
@@ -195,6 +217,8 @@ class Handle:
                     self._after(getattr(attends, name), lambda m, a, k, out, observe=observe: observe(out))
         self._before(attends, lambda m, a, k: hooks.enter_block_attention(number, a, k))
         self._after(attends, lambda m, a, k, out: hooks.leave_block_attention(m))
+        if at_output:
+            self._after(block, lambda m, a, k, out: hooks.leave_block(number, out))
         if number not in self.plan.vit_layers:
             return
         self._before(getattr(block, seams.block_norm), lambda m, a, k: hooks.merge_block(number, a, k))
@@ -211,29 +235,39 @@ class Handle:
         if number in self.plan.llm_layers or number < added:
             self._after(layer, lambda m, a, k, out: hooks.leave_layer(number, out))
 
+    # One line each: an interruption may come between any two.
     def _before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        # Hooks are not traced: torch.compile breaks its graph at them and compiles what lies between.
-        hook = torch.compiler.disable(hook)
-        self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        register = module.register_forward_pre_hook
+        self._undo.append(register(Hook(hook), with_kwargs=True).remove)
 
     def _after(self, module: nn.Module, hook: Callable[..., Any], *, always: bool = False) -> None:
         # First in line, so that hooks which record hidden states see what the next layer will see.
-        handle = module.register_forward_hook(
-            torch.compiler.disable(hook), with_kwargs=True, always_call=always, prepend=True
-        )
-        self._undo.append(handle.remove)
+        register = partial(module.register_forward_hook, with_kwargs=True, prepend=True)
+        self._undo.append(register(Hook(hook), always_call=always).remove)
 
     def _wrap_method(self, module: nn.Module, name: str, wrapper: Callable[..., Any]) -> None:
         """A method that is no module has no hooks: the instance gets its own, until removal."""
-        wrapped = torch.compiler.disable(partial(wrapper, getattr(module, name)))
+        own = module.__dict__.get(name)  # of another tool's, which comes back
+        wrapped = Hook(partial(wrapper, getattr(module, name)))
+
+        def restore() -> None:
+            if module.__dict__.get(name) is not wrapped:
+                return  # another tool has wrapped it since; without a call under way it changes nothing
+            if own is None:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = own
+
+        self._undo.append(restore)
         module.__dict__[name] = wrapped
-        self._undo.append(lambda: module.__dict__.pop(name))
 
     def _view_config(self, module: nn.Module, merging: Callable[[], bool]) -> None:
         config: Any = module.config
-        module.config = ConfigView(config, torch.compiler.disable(merging), self._state)  # type: ignore[assignment]
+        view: Any = ConfigView(config, torch.compiler.disable(merging), self._state)
 
         def restore() -> None:
-            module.config = config
+            if module.config is view:
+                module.config = config
 
         self._undo.append(restore)
+        module.config = view

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -11,9 +11,17 @@ from typing import Any, Literal
 from illava.errors import PlanError
 
 DEFAULT_REDUCTION = 2 / 3
+# Where a function may stand in place of a name, and what of.
+_FUNCTIONS = {
+    "score": ", or a function score(candidates)",
+    "merge": ", or a function merge(candidates, kept)",
+}
 # The paper's merging layers and the depth they are of (section 4.1, Qwen2.5-VL-7B).
 VIT_PAPER = (5, 9, 13), 32
 LLM_PAPER = (2, 8, 14), 28
+
+# Places for merging that are no layers: behind the encoder's last block, before the first decoder layer.
+OUTPUT, INPUT = "output", "input"
 
 _CHOICES = {
     "score": ("attention", "lse"),
@@ -25,12 +33,13 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked for. A budget is said in one of three ways, never in two at once.
+    """What is asked for. A budget is said in one of four ways, never in two at once.
 
     Attributes:
         vit_layers: encoder blocks that merge, counted from 0; `None` for the family's default,
-            `()` for none.
-        llm_layers: decoder layers that merge, likewise.
+            `()` for none. `"output"` merges what the last block puts out, ranked by its attention.
+        llm_layers: decoder layers that merge, likewise. `"input"` merges before the first layer, where
+            nothing has attended yet: with a function as `score`.
         reduction: share of the visual tokens gone after the last merge, in [0, 1); the first way.
             `None` means 2/3 unless another budget is given. Paper: 0.667, 0.778, 0.889.
         encoder_share: share of the removed tokens that the encoder removes, in [0, 1]. Paper: 0.4.
@@ -38,39 +47,50 @@ class Plan:
             (the paper's release).
         vit_tokens_removed, llm_tokens_removed: tokens each merging layer removes from each frame or
             picture; the third way (the paper's first version).
+        vit_shares, llm_shares: share of a picture's visual tokens that each merging layer leaves, from
+            the lowest up, in (0, 1] and never rising; the fourth way, and the exact one.
         recycled: share of the kept tokens that take in dropped ones, in (0, 1].
         members: size of such a group, the recycled token included (paper: M = 5).
         score: `"attention"` received (paper, eq. 3), or `"lse"`, the query statistic that the
-            paper's release reads.
-        merge: `"recycle"` (paper, section 3.2.2), `"prune"`, or `"linear"` (first version).
+            paper's release reads, or a function of `illava.Candidates`.
+        merge: `"recycle"` (paper, section 3.2.2), `"prune"`, `"linear"` (first version), or a function of
+            `illava.Candidates` and of the places of those kept.
         queries: whose attention counts in the language model: the later `"text"`, `"all"`,
             `"visual"` tokens, or the `"last"` token. With `"text"`, a picture after which no text
             comes is ranked by all its queries.
         window_score: in blocks that attend in windows, rank tokens by the attention they receive
             within their `"window"`, or by what they would receive in the whole `"picture"`.
+        proportional: let encoder tokens that stand for several attract as much attention as these would
+            (ToMe, arXiv 2210.09461, eq. 1), in merging blocks, where a function is the rule.
 
     Raises:
         PlanError: a value out of range, or two budgets at once.
     """
 
-    vit_layers: tuple[int, ...] | None = None
-    llm_layers: tuple[int, ...] | None = None
+    vit_layers: tuple[int | Literal["output"], ...] | None = None
+    llm_layers: tuple[int | Literal["input"], ...] | None = None
     reduction: float | None = None
     encoder_share: float = 0.4
     vit_keep_ratio: float | None = None
     llm_keep_ratio: float | None = None
     vit_tokens_removed: int | None = None
     llm_tokens_removed: int | None = None
+    vit_shares: tuple[float, ...] | None = None
+    llm_shares: tuple[float, ...] | None = None
     recycled: float = 0.05
     members: int = 5
-    score: Literal["attention", "lse"] = "attention"
-    merge: Literal["recycle", "prune", "linear"] = "recycle"
+    score: Literal["attention", "lse"] | Callable[..., Any] = "attention"
+    merge: Literal["recycle", "prune", "linear"] | Callable[..., Any] = "recycle"
     queries: Literal["text", "all", "visual", "last"] = "text"
     window_score: Literal["window", "picture"] = "window"
+    proportional: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vit_layers", "llm_layers"):
-            object.__setattr__(self, name, _layer_tuple(name, getattr(self, name)))
+        for stage, place in (("vit", OUTPUT), ("llm", INPUT)):
+            layers = _layer_tuple(f"{stage}_layers", getattr(self, f"{stage}_layers"), place)
+            object.__setattr__(self, f"{stage}_layers", layers)
+            shares = _share_tuple(f"{stage}_shares", getattr(self, f"{stage}_shares"), layers)
+            object.__setattr__(self, f"{stage}_shares", shares)
         _check_range("reduction", self.reduction, 0, 1, upper_open=True, hint="for example 0.667")
         for name in ("encoder_share", "recycled", "members"):
             if getattr(self, name) is None:
@@ -83,13 +103,16 @@ class Plan:
             )  # fmt: skip
         for name in ("vit_tokens_removed", "llm_tokens_removed"):
             _check_count(name, getattr(self, name), minimum=0)
+        if not isinstance(self.proportional, bool):
+            raise PlanError(f"proportional={self.proportional!r} is neither True nor False; give one of them")
         _check_range("recycled", self.recycled, 0, 1, lower_open=True)
         _check_count("members", self.members, minimum=1)
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
+            value = getattr(self, name)
+            if value not in choices and not (name in _FUNCTIONS and callable(value)):
                 raise PlanError(
                     f"{name}={getattr(self, name)!r} is not known; choose one of "
-                    f"{', '.join(map(repr, choices))}"
+                    f"{', '.join(map(repr, choices))}{_FUNCTIONS.get(name, '')}"
                 )
         said = [name for name, keys in _BUDGETS.items() if any(getattr(self, k) is not None for k in keys)]
         if len(said) > 1:
@@ -118,7 +141,15 @@ class Plan:
         return replace(plan, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values; `Plan.from_dict` reads it back."""
+        """Everything as plain values; `Plan.from_dict` reads it back.
+
+        Raises:
+            PlanError: a score or rule that is a function.
+        """
+        for name in _FUNCTIONS:
+            choice = getattr(self, name)
+            if callable(choice):
+                raise PlanError(f"{name}={name_of(choice)} is a function, which has no plain value")
         return asdict(self)
 
     def to_json(self) -> str:
@@ -173,8 +204,13 @@ class Plan:
         return cls.from_dict(values)
 
     @property
+    def by_function(self) -> bool:
+        """Whether a function of the caller's ranks or merges."""
+        return any(callable(getattr(self, name)) for name in _FUNCTIONS)
+
+    @property
     def budget(self) -> str:
-        """`"reduction"`, `"keep ratio"` or `"tokens removed"`."""
+        """`"reduction"`, `"keep ratio"`, `"tokens removed"` or `"shares"`."""
         for name, keys in _BUDGETS.items():
             if any(getattr(self, key) is not None for key in keys):
                 return name
@@ -185,10 +221,16 @@ _BUDGETS = {
     "reduction": ("reduction",),
     "keep ratio": ("vit_keep_ratio", "llm_keep_ratio"),
     "tokens removed": ("vit_tokens_removed", "llm_tokens_removed"),
+    "shares": ("vit_shares", "llm_shares"),
 }
 
 
-def _layer_tuple(name: str, layers: Any) -> tuple[int, ...] | None:
+def name_of(choice: Any) -> str:
+    """A score or rule as it is called."""
+    return choice if isinstance(choice, str) else getattr(choice, "__name__", repr(choice))
+
+
+def _layer_tuple(name: str, layers: Any, place: str) -> tuple[Any, ...] | None:
     if layers is None:
         return None
     if isinstance(layers, int):
@@ -196,12 +238,35 @@ def _layer_tuple(name: str, layers: Any) -> tuple[int, ...] | None:
     if not isinstance(layers, Iterable) or isinstance(layers, (str, bytes, Mapping)):
         raise PlanError(f"{name}={layers!r} is not a tuple of layers; give for example {name}=(2, 8)")
     layers = tuple(layers)
-    wrong = [x for x in layers if not isinstance(x, int) or isinstance(x, bool) or x < 0]
+    wrong = [x for x in layers if x != place and (not isinstance(x, int) or isinstance(x, bool) or x < 0)]
     if wrong:
-        raise PlanError(f"{name}={layers}: {wrong} are not layer numbers; layers count from 0 upwards")
+        raise PlanError(
+            f"{name}={layers}: {wrong} are not layer numbers; layers count from 0 upwards, and {place!r} "
+            "is the only place that is no layer"
+        )
     if len(set(layers)) < len(layers):
         raise PlanError(f"{name}={layers} names a layer twice; each layer merges once")
     return layers
+
+
+def _share_tuple(name: str, shares: Any, layers: tuple[Any, ...] | None) -> tuple[float, ...] | None:
+    if shares is None:
+        return None
+    if not isinstance(shares, Iterable) or isinstance(shares, (str, bytes, Mapping)):
+        raise PlanError(f"{name}={shares!r} is not a tuple of shares; give one for each merging layer")
+    shares = tuple(shares)
+    for share in shares:
+        if share is None:
+            raise PlanError(f"{name}={shares}: None is no share; give one for each merging layer")
+        _check_range(name, share, 0, 1, lower_open=True, hint="a picture keeps at least one token")
+    if any(after > before for before, after in zip(shares, shares[1:], strict=False)):
+        raise PlanError(f"{name}={shares} rises; each is the share of all tokens left, not of the last")
+    if layers is None or len(layers) != len(shares):
+        raise PlanError(
+            f"{name} has {len(shares)} shares for {name[:3]}_layers={layers}; give one for each merging "
+            "layer, the first for the lowest"
+        )
+    return shares
 
 
 def _check_range(

@@ -25,7 +25,7 @@ class LayerRecord:
 
     Attributes:
         stage: `"vit"` or `"llm"`.
-        layer: counted from 0.
+        layer: counted from 0; the encoder's depth for its output, -1 for the language model's input.
         tokens_in, tokens_out: visual tokens; in the encoder merge units, which in most families
             become one visual token each (see `PictureRecord.encoded_units`).
     """
@@ -67,6 +67,13 @@ class PictureRecord:
     entered_tokens: int
     layers: tuple[LayerRecord, ...]
     asked_reduction: float | None
+
+    def token_grid(self, merge_size: int) -> tuple[int, int, int]:
+        """`(frames or tiles, height, width)` in merge units; one long row if the grid is not known."""
+        if self.grid is None:
+            return 1, 1, self.tokens
+        frames, height, width = self.grid
+        return frames * self.tiles, height // merge_size, width // merge_size
 
     @property
     def final_tokens(self) -> int:

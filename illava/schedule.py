@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from illava.errors import PlanError
-from illava.plan import DEFAULT_REDUCTION, Plan
+from illava.plan import DEFAULT_REDUCTION, INPUT, OUTPUT, Plan, name_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class ModelPlan:
 
     Attributes:
         settings: the plan as asked for.
-        vit_layers, llm_layers: the layers that merge, ascending.
+        vit_layers, llm_layers: the layers that merge, ascending. The encoder's depth stands for its
+            output, -1 for the language model's input.
         vit_depth, llm_depth: blocks and layers of the model.
         merge_size: patches along one side of a merge unit.
         scored_at: for each merging decoder layer the one whose attention ranks the tokens: itself, or
@@ -89,6 +90,8 @@ class ModelPlan:
             return ()
         if s.budget == "keep ratio":
             return _by_ratio(frame_tokens, s.vit_keep_ratio, len(layers))
+        if s.budget == "shares":
+            return _by_share(frame_tokens, frame_tokens, s.vit_shares)
         if s.budget == "tokens removed":
             per_layer = s.vit_tokens_removed or 0
         else:
@@ -108,6 +111,8 @@ class ModelPlan:
             return (0,) * len(layers)
         if s.budget == "keep ratio":
             return _by_ratio(alive_tokens, s.llm_keep_ratio, len(layers))
+        if s.budget == "shares":
+            return _by_share(tokens, alive_tokens, s.llm_shares)
         if s.budget == "tokens removed":
             per_layer = s.llm_tokens_removed or 0
         else:
@@ -152,11 +157,14 @@ class ModelPlan:
             "keep ratio": f"keep ratio {s.vit_keep_ratio} in the encoder, {s.llm_keep_ratio} in the LLM",
             "tokens removed": f"{s.vit_tokens_removed} tokens removed per encoder layer, "
             f"{s.llm_tokens_removed} per LLM layer",
+            "shares": f"shares {list(s.vit_shares or ())} left in the encoder, "
+            f"{list(s.llm_shares or ())} in the LLM",
         }[s.budget]
         scores = "".join(f", {layer} scored at {at}" for layer, at in self.scored_at.items() if layer != at)
         return (
             f"encoder blocks {list(self.vit_layers)} of {self.vit_depth}, decoder layers "
-            f"{list(self.llm_layers)} of {self.llm_depth}{scores}; {budget}; {s.merge}, score {s.score}"
+            f"{list(self.llm_layers)} of {self.llm_depth}{scores}; {budget}; {name_of(s.merge)}, "
+            f"score {name_of(s.score)}"
         )
 
 
@@ -183,14 +191,13 @@ def resolve(
         PlanError: layers out of the model's range, a decoder layer with no softmax attention at or
             before it, or layers whose budget is not said.
     """
-    settled = []
+    settled: list[tuple[int, ...]] = []
     for stage, layers, default, depth in (
         ("vit", plan.vit_layers, vit_default, vit_depth),
         ("llm", plan.llm_layers, llm_default, llm_depth),
     ):
-        key = {"keep ratio": f"{stage}_keep_ratio", "tokens removed": f"{stage}_tokens_removed"}.get(
-            plan.budget
-        )
+        budgets = ("keep ratio", "tokens removed", "shares")
+        key = f"{stage}_{plan.budget.replace(' ', '_')}" if plan.budget in budgets else None
         if key is not None and getattr(plan, key) is None:
             if layers:
                 raise PlanError(
@@ -199,15 +206,19 @@ def resolve(
                 )
             layers = ()
         layers = default if layers is None else layers
-        beyond = [layer for layer in layers if layer >= depth]
+        beyond = [layer for layer in layers if layer not in (OUTPUT, INPUT) and layer >= depth]
         if beyond:
             raise PlanError(
                 f"{stage}_layers={layers}: this model has {depth} {stage} layers, counted from 0, so "
                 f"{beyond} are out of range; choose layers up to {depth - 1}"
             )
-        settled.append(tuple(sorted(layers)))
+        ends = {OUTPUT: depth, INPUT: -1}
+        settled.append(tuple(sorted(x if isinstance(x, int) else ends[x] for x in layers)))
+    _check_ends(plan, settled[0], settled[1], vit_depth)
     scored_at = {}
     for layer in settled[1]:
+        if layer < 0:
+            continue
         before = [
             at for at in (range(llm_depth) if scoring_layers is None else scoring_layers) if at <= layer
         ]
@@ -229,6 +240,30 @@ def scale_layers(layers: Sequence[int], of_depth: int, depth: int) -> tuple[int,
 def nearest_layers(layers: Sequence[int], among: Collection[int]) -> tuple[int, ...]:
     """The nearest of `among` to each layer, the earlier of two."""
     return tuple(sorted({min(sorted(among), key=lambda at: abs(at - layer)) for layer in layers}))
+
+
+def _check_ends(plan: Plan, vit: tuple[int, ...], llm: tuple[int, ...], vit_depth: int) -> None:
+    """Whether what merges at the encoder's output and the language model's input can be ranked there."""
+    if {vit_depth - 1, vit_depth} <= set(vit):
+        raise PlanError(
+            f"vit_layers={plan.vit_layers}: the last block's attention ranks what leaves the encoder, so "
+            f"block {vit_depth - 1} cannot merge by it as well; leave one of them out"
+        )
+    if -1 in llm and (not callable(plan.score) or plan.merge == "recycle"):
+        raise PlanError(
+            f"llm_layers={plan.llm_layers}: nothing attends before the first decoder layer, so "
+            f"score={name_of(plan.score)!r} with merge={name_of(plan.merge)!r} cannot choose there; give a "
+            "function as score, and 'prune' or a function as merge"
+        )
+
+
+def _by_share(tokens: int, alive: int, shares: tuple[float, ...] | None) -> tuple[int, ...]:
+    removed = []
+    for share in shares or ():
+        kept = min(alive, max(1, round(share * tokens)))
+        removed.append(alive - kept)
+        alive = kept
+    return tuple(removed)
 
 
 def _by_ratio(tokens: int, keep_ratio: float | None, layers: int) -> tuple[int, ...]:

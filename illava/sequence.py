@@ -243,3 +243,19 @@ def later_text(segment: Tensor, text: Tensor, segments: int) -> Sequence[bool]:
     last_own = torch.full((segments,), -1).scatter_reduce(0, segment[rows, places], places, "amax")
     row_of = torch.zeros(segments, dtype=torch.long).scatter(0, segment[rows, places], rows)
     return (last_text[row_of] > last_own).tolist()
+
+
+def grid_places(segment: Tensor, tokens: Sequence[int], grids: Sequence[tuple[int, int, int]]) -> Tensor:
+    """`[B, L, 3]` frame or tile, row and column of each visual token; 0 for text.
+
+    Args:
+        segment: `[B, L]` the picture or video of each token, -1 for none.
+        tokens: visual tokens of each.
+        grids: `(frames or tiles, height, width)` of each in visual tokens; one that does not come to as many
+            counts as one long row.
+    """
+    places = torch.zeros((*segment.shape, 3), dtype=torch.long, device=segment.device)
+    for number, (total, (frames, height, width)) in enumerate(zip(tokens, grids, strict=True)):
+        shape = (frames, height, width) if frames * height * width == total else (1, 1, total)
+        places[segment == number] = torch.cartesian_prod(*map(torch.arange, shape)).to(segment.device)
+    return places

@@ -15,18 +15,13 @@ import torch
 from torch import Tensor
 
 from illava import merge
-from illava.attention import (
-    Spans,
-    choose_backend,
-    span_attention,
-    varlen_attention,
-    varlen_attention_received,
-    varlen_log_sum_exp,
-)
+from illava.attention import Spans, choose_backend, span_attention, varlen_attention, varlen_log_sum_exp
+from illava.candidates import Candidates, decide
 from illava.families.layout import Layout
 from illava.families.seams import Seams
 from illava.schedule import ModelPlan, SegmentSchedule
 from illava.transfer import on
+from illava.vision_scores import BlockAttention, weigh
 from illava.vision_stage import Stage
 
 
@@ -73,7 +68,7 @@ class VisionCall:
         implementation: str,
         records: bool = False,
     ) -> None:
-        self.settings, self.seams, self.layout = plan.settings, seams, layout
+        self.settings, self.seams, self.layout, self.depth = plan.settings, seams, layout, plan.vit_depth
         sides = [layout.frame_units[i] for i in _first_frames(layout.grids)]
         self.schedules: list[SegmentSchedule] = [
             plan.segment(t, units) for (t, _, _), units in zip(layout.grids, sides, strict=True)
@@ -94,7 +89,7 @@ class VisionCall:
         self.observed: dict[str, Tensor] = {}
         self.outputs: dict[int, Tensor] | None = {} if records else None
         self._spans: Spans | None = None
-        self._decisions: dict[int, merge.Merge] = {}
+        self._seen: dict[int, BlockAttention] = {}
         self._finite: dict[int, Tensor] = {}
 
     @cached_property
@@ -109,7 +104,12 @@ class VisionCall:
         return any(any(counts) for counts in self.removed.values())
 
     def merges_at(self, block: int) -> bool:
+        """Whether `block` merges; the number of blocks stands for the output of the last."""
         return any(self.removed.get(block, ()))
+
+    def scores_at(self, block: int) -> bool:
+        """Whether a merge, in `block` or at its output, reads its attention."""
+        return self.merges_at(block) or (block == self.depth - 1 and self.merges_at(block + 1))
 
     def stage(self, block: int) -> Stage:
         """What `block` is given."""
@@ -130,14 +130,16 @@ class VisionCall:
             raise RuntimeError("attend() without begin_attention()")
         stage = self.stage(block)
         q, k, v = stage.pack(q), stage.pack(k), stage.pack(v)  # [N, H, D]
-        if not self.merges_at(block):
+        if not self.scores_at(block):
             eager = self.implementation == "eager"
             return stage.unpack(span_attention(q, k, v, spans, scale=scale, eager=eager))
         self.backend = choose_backend(self.implementation, q.device, q.dtype)
+        channels = v.shape[-1]
+        if self.settings.proportional and stage.sizes is not None:
+            q, k, v = weigh(q, k, v, stage.token_sizes(q.device), scale)
         out, lse = varlen_attention(q, k, v, spans, scale=scale, backend=self.backend)
-        with torch.no_grad():
-            self._decisions[block] = self._decide(block, q.detach(), k.detach(), lse.detach(), spans, scale)
-        return stage.unpack(out)
+        self._keep(block, q.detach(), k.detach(), lse.detach(), spans, scale, channels)
+        return stage.unpack(out[..., :channels])
 
     def decide_observed(self, q: Tensor, k: Tensor, scale: float) -> None:
         """Decide the attending block's merge from `[rows, width, H, D]`, its attention done elsewhere."""
@@ -147,44 +149,50 @@ class VisionCall:
         stage = self.stage(block)
         q, k = stage.pack(q), stage.pack(k)  # [N, H, D]
         self.backend = "blocks"
-        lse = varlen_log_sum_exp(q, k, spans, scale=scale)
-        self._decisions[block] = self._decide(block, q, k, lse, spans, scale)
+        self._keep(block, q, k, varlen_log_sum_exp(q, k, spans, scale=scale), spans, scale, q.shape[-1])
 
-    def _decide(
-        self, block: int, q: Tensor, k: Tensor, lse: Tensor, spans: Spans, scale: float
-    ) -> merge.Merge:
-        stage = self.stage(block)
-        counts, members = stage.frame_counts, stage.members.to(q.device)
-        windowed = block not in self.seams.full_attention_blocks
-        if windowed and self.settings.window_score == "picture":
-            spans = Spans.from_lengths(stage.frame_tokens, q.device)
+    def _keep(
+        self, block: int, q: Tensor, k: Tensor, lse: Tensor, spans: Spans, scale: float, channels: int
+    ) -> None:
+        """Keep `block`'s attention for the merge that reads it."""
+        if self.settings.window_score == "picture" and block not in self.seams.full_attention_blocks:
+            spans = Spans.from_lengths(self.stage(block).frame_tokens, q.device)
             lse = varlen_log_sum_exp(q, k, spans, scale=scale)
-        if self.settings.score == "lse":
-            tokens = lse.mean(dim=1)  # [N]
-        else:
-            tokens = varlen_attention_received(q, k, lse, spans, scale=scale)
-        importance = tokens[members].mean(dim=1)  # [U]
-        self._finite[block] = importance.isfinite().all()
-        starts = on(q.device, [*accumulate(counts, initial=0)][:-1])[:, None]
-        index = (starts + torch.arange(max(counts), device=q.device)).clamp(max=sum(counts) - 1)
-        return merge.select(
-            importance[index],
-            index,
-            counts,
-            [n - r for n, r in zip(counts, self.removed[block], strict=True)],
-            total_units=sum(counts),
-            rule=self.settings.merge,
-            recycled_share=self.settings.recycled,
-            members=self.settings.members,
-            queries=q[members],  # [U, g, H, D]
-            keys=k[members],
-            scale=scale,
-        )
+        self._seen[block] = BlockAttention(q, k, lse, spans, scale, channels)
+        self._finite[block] = lse.isfinite().all()
+
+    @torch.no_grad()
+    def _decide(self, block: int, features: Tensor) -> merge.Merge:
+        """Who survives a merge, and of what they are made, given `[U, g, d]`."""
+        seen = self._seen.pop(min(block, self.depth - 1))
+        stage, device = self.stage(block), seen.queries.device
+        counts, members = stage.frame_counts, stage.members.to(device)
+        starts = on(device, [*accumulate(counts, initial=0)][:-1])[:, None]
+        index = (starts + torch.arange(max(counts), device=device)).clamp(max=sum(counts) - 1)
+
+        def from_class() -> Tensor:
+            class_tokens = on(device, [*accumulate(stage.frame_tokens, initial=0)][:-1])
+            return seen.received_from(class_tokens, stage.frame_tokens)[members].mean(dim=1)
+
+        candidates = Candidates(
+            "vit", block, index, counts,
+            tuple(n - r for n, r in zip(counts, self.removed[block], strict=True)),
+            features.detach(),
+            stage.unit_sizes(device),
+            seen.queries[members][..., : seen.channels],  # [U, g, H, D]
+            seen.keys[members][..., : seen.channels],
+            seen.scale,
+            _attention=lambda: seen.received(self.settings.score == "lse")[members].mean(dim=1),
+            _class_attention=from_class if stage.layout.prefix else None,
+        )  # fmt: skip
+        return decide(candidates, self.settings)
 
     def merge(self, block: int, hidden: Tensor) -> Tensor:
         """Apply `block`'s decision to `[N, d]` or `[rows, width, d]`; later blocks get the survivors."""
-        decision, stage = self._decisions.pop(block), self.stage(block)
-        removed = self.removed[block]
+        stage, removed = self.stage(block), self.removed[block]
+        flat = stage.pack(hidden) if hidden.ndim == 3 else hidden  # [N, d]
+        features = flat[stage.members.to(flat.device)]  # [U, g, d]
+        decision = self._decide(block, features)
         counts = tuple(n - r for n, r in zip(stage.frame_counts, removed, strict=True))
         keep = decision.keep.to(stage.units.device)  # [U]
         kept = merge.compact(keep[None], sum(counts))[0]  # [U'] ascending
@@ -194,11 +202,15 @@ class VisionCall:
         kept_tokens = merge.compact(alive[None], number)[0]  # [N'] places among the old survivors
         rank = alive.long().cumsum(0) - 1
         members = rank[stage.members[kept]]  # [U', g] places among the new ones
-        after = Stage(block + 1, stage.layout, stage.units[kept], stage.tokens[kept_tokens], members, counts)
+        after = Stage(
+            min(block + 1, self.depth), stage.layout, stage.units[kept],
+            stage.tokens[kept_tokens], members, counts,
+        )  # fmt: skip
+        if decision.mixture is not None:
+            after.sizes = decision.grow(stage.unit_sizes(keep.device))[kept]
         self.stages.append(after)
 
-        flat = stage.pack(hidden) if hidden.ndim == 3 else hidden  # [N, d]
-        units = decision.blend(flat[stage.members.to(flat.device)])  # [U, g, d]
+        units = decision.blend(features)  # [U, g, d]
         blended = units[kept.to(flat.device)].flatten(0, 1)  # [U' * g, d]
         rows = flat[kept_tokens.to(flat.device)]
         rows = rows.index_copy(0, members.flatten().to(flat.device), blended)
@@ -220,7 +232,7 @@ class VisionCall:
         self.stages.append(
             Stage(
                 block + 1, layout, stage.units, tokens.flatten()[order], members.view_as(tokens),
-                stage.frame_counts, regrids=True,
+                stage.frame_counts, regrids=True, sizes=stage.sizes,
             )
         )  # fmt: skip
         return windows.flatten(0, 1)[order]
@@ -255,6 +267,7 @@ class VisionCall:
         for stage in self.stages:
             stage.forget()
         self.merged.clear()
+        self.outputs = None
 
 
 def _first_frames(grids: Sequence[tuple[int, int, int]]) -> list[int]:

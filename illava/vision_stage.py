@@ -29,6 +29,7 @@ class Stage:
         members: `[U, g]` where each unit's tokens stand among the survivors.
         frame_counts: units of each frame, known on the host.
         regrids: whether a module has joined patches just before it.
+        sizes: `[U]` how many of the first units each stands for; `None` while that is one.
     """
 
     first_block: int
@@ -38,6 +39,7 @@ class Stage:
     members: Tensor
     frame_counts: tuple[int, ...]
     regrids: bool = False
+    sizes: Tensor | None = None
     _memo: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _spans: dict[int | None, tuple[Tensor | None, Spans]] = field(default_factory=dict)
 
@@ -45,6 +47,18 @@ class Stage:
     def frame_tokens(self) -> tuple[int, ...]:
         """Tokens of each frame."""
         return tuple(self.layout.prefix + n * self.layout.unit_tokens for n in self.frame_counts)
+
+    def unit_sizes(self, device: torch.device) -> Tensor:
+        """`[U]` how many of the first units each stands for."""
+        if self.sizes is None:
+            return torch.ones(sum(self.frame_counts), device=device)
+        return self.sizes.to(device)
+
+    def token_sizes(self, device: torch.device) -> Tensor:
+        """`[N]` the same for each token; 1 for those of no unit."""
+        sizes = torch.ones(len(self.tokens), device=device)
+        members = self.members.to(device)
+        return sizes.index_put((members,), self.unit_sizes(device)[:, None].expand(members.shape))
 
     @property
     def width(self) -> int:

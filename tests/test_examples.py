@@ -113,3 +113,14 @@ def test_compare_says_what_is_wrong_with_its_options(tmp_path):
     )  # fmt: skip
     assert done.returncode in (1, 2)
     assert "none.jpg" in done.stderr
+
+
+def test_answers_asks_the_shipped_reader():
+    """Run as the README says, on one question of each task: a table of answers, right ones counted."""
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "answers.py", "--items", "1"],
+        capture_output=True, text=True, check=True, timeout=300,
+    )  # fmt: skip
+    for task in ("find", "spatial", "count", "text", "several", "video"):
+        assert f"{task}: right of 1" in done.stdout
+    assert "77.8% of the visual tokens removed" in done.stdout

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import illava
 import tiny
-from illava import vision as vision_module
+from illava import vision_scores
 from illava.flops import Cost, Flops
 from illava.report import LayerRecord, PictureRecord
 
@@ -297,7 +297,7 @@ def test_unmerged_operations_are_those_torch_counts(plain, name):
 @pytest.mark.parametrize("name", PICTURES)
 def test_merged_operations_are_about_those_torch_counts(plain, name, settings, monkeypatch):
     """Merging itself is not counted; here it takes next to no products: pruning, by what is known."""
-    monkeypatch.setattr(vision_module, "varlen_attention_received", lambda q, k, lse, *_, **__: lse.mean(1))
+    monkeypatch.setattr(vision_scores, "varlen_attention_received", lambda q, k, lse, *_, **__: lse.mean(1))
     pictures = PICTURES[name]
     rows = [20, *pictures, 30]
     with illava.patch(plain, **settings, merge="prune", queries="last") as handle:

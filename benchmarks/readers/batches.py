@@ -7,12 +7,13 @@ the model is trained on exactly the prompts it is tested on, while the picture i
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from readers import material, tasks
+from readers.architectures import TILE, UNIT
 from readers.tasks import Item, Question
 from torch import Tensor
 
@@ -44,6 +45,7 @@ class Batch:
         targets: those successors, `[n]`.
         question: for each of them the number of its question, `[n]`.
         questions: the questions, in order.
+        labels: `[visual tokens, LABELS]` what stands where each of them looks.
     """
 
     inputs: dict
@@ -52,6 +54,7 @@ class Batch:
     targets: Tensor
     question: Tensor
     questions: tuple[Question, ...]
+    labels: Tensor
 
 
 class Composer:
@@ -100,7 +103,15 @@ class Composer:
             **self._pixels(items),
         }
         questions = tuple(question for item in items for question in item.questions)
-        return Batch(inputs, *(torch.tensor(values) for values in found), questions)
+        labels = torch.tensor(np.concatenate([self._labels(item) for item in items]))
+        return Batch(inputs, *(torch.tensor(values) for values in found), questions, labels)
+
+    def _labels(self, item: Item) -> np.ndarray:
+        """`[visual tokens, LABELS]` in the order in which the encoder puts them out."""
+        maps = item.labels[:: 2 if item.video is not None and self._family == "qwen2_5_vl" else 1]
+        if self._family == "internvl":
+            maps = [tile for whole in maps for tile in _tiles(whole)]
+        return np.concatenate([x.reshape(-1, x.shape[-1]) for x in maps])
 
     def _one(self, question: Question, end: list[int]) -> tuple[list[int], int]:
         """The tokens from the question on, and where among them the answer begins."""
@@ -153,6 +164,25 @@ class Composer:
         return {name: made[name] for name in ("pixel_values", "image_grid_thw") if name in made}
 
 
+def _tiles(whole: np.ndarray) -> list[np.ndarray]:
+    """The labels `[6, 6, LABELS]` of the tiles that InternVL's processor cuts a square picture into."""
+    side = TILE // UNIT
+    near = (np.arange(side) * len(whole) + len(whole) // 2) // side
+    thumbnail = whole[near][:, near]
+    if len(whole) * UNIT < 136:  # one tile, see architectures
+        return [thumbnail]
+    near = (np.arange(2 * side) * len(whole) + len(whole) // 4) // (2 * side)
+    large = whole[near][:, near]  # [12, 12, LABELS]
+    return [large[i : i + side, j : j + side] for i in (0, side) for j in (0, side)] + [thumbnail]
+
+
+def charts(rng: np.random.Generator, kind: Kind, split: str, *, calm: float) -> list[Item]:
+    """Crowded pictures with nothing asked, for an encoder to learn to see; `calm` as in `scenes.chart`."""
+    drawn = [tasks.scenes.chart(rng, split, kind.side, calm=calm) for _ in range(kind.items)]
+    nothing = (Question("", "?", "?"),)
+    return [Item((scene.pixels,), None, nothing, (scene.labels,)) for scene in drawn]
+
+
 def sample(
     rng: np.random.Generator, kind: Kind, split: str, *, ease: float = 0.0, most: int = 8
 ) -> list[Item]:
@@ -166,15 +196,16 @@ def sample(
         if kind.name == "video":
             digits = int(rng.integers(2, 4))
             clip = tasks.scenes.clip(rng, split, kind.side, frames=kind.count, digits=digits)
-            item = Item((), clip.pixels, tuple(tasks.video_questions(clip)))
+            item = Item((), clip.pixels, tuple(tasks.video_questions(clip)), tuple(clip.labels))
         elif kind.name == "several":
             shown = tasks.several_scenes(rng, split, kind.side, kind.count)
-            item = Item(tuple(s.pixels for s in shown), None, tuple(tasks.several_questions(shown)))
+            pixels, labels = zip(*((scene.pixels, scene.labels) for scene in shown), strict=True)
+            item = Item(pixels, None, tuple(tasks.several_questions(shown)), labels)
         else:
             scene = tasks.picture_scene(rng, split, kind.side, ease=ease)
-            item = Item((scene.pixels,), None, tuple(tasks.picture_questions(scene)))
+            item = Item((scene.pixels,), None, tuple(tasks.picture_questions(scene)), (scene.labels,))
         if chosen := _choose(rng, item.questions, most):
-            items.append(Item(item.pictures, item.video, chosen))
+            items.append(replace(item, questions=chosen))
     return items
 
 
@@ -189,5 +220,7 @@ def _choose(rng, questions, most: int) -> tuple[Question, ...]:
 def simple(batch: Batch, device) -> SimpleNamespace:
     """The batch's tensors on a device."""
     inputs = {name: x.to(device, non_blocking=True) for name, x in batch.inputs.items()}
-    rest = {name: getattr(batch, name).to(device) for name in ("rows", "columns", "targets", "question")}
+    rest = {
+        name: getattr(batch, name).to(device) for name in ("rows", "columns", "targets", "question", "labels")
+    }
     return SimpleNamespace(inputs=inputs, **rest)

@@ -6,7 +6,8 @@ real pictures. Things stand in the cells of a coarse grid, shifted a little: "le
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import string
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -14,6 +15,10 @@ from readers import material
 
 CELLS = {96: 2, 128: 3, 192: 4, 256: 5}  # cells a side of a picture of so many pixels
 WRITING = "writing"
+UNIT_PX = 16
+CHARACTERS = string.ascii_lowercase + string.digits
+SLOTS = 3
+LABELS = 2 + SLOTS
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,12 @@ class Scene:
     Attributes:
         pixels: `[height, width, 3]` uint8.
         things: what was drawn.
+        labels: `[height / 16, width / 16, LABELS]` what stands in each unit, see `Canvas`.
     """
 
     pixels: np.ndarray
     things: tuple[Thing, ...]
+    labels: np.ndarray
 
     def of_kind(self, kind: str) -> list[Thing]:
         """The things of a kind, in the order they were drawn."""
@@ -53,11 +60,52 @@ class Scene:
 
 @dataclass(frozen=True)
 class Clip:
-    """A video: `[frames, height, width, 3]` uint8, and its digits in the order of their appearance."""
+    """A video, its digits in the order of their appearance, and the labels of each of its frames.
+
+    Attributes:
+        pixels: `[frames, height, width, 3]` uint8.
+        things: its digits.
+        labels: `[frames, height / 16, width / 16, LABELS]`.
+    """
 
     pixels: np.ndarray
     things: tuple[Thing, ...]
-    first_frames: tuple[int, ...] = field(default=())
+    labels: np.ndarray
+
+
+class Canvas:
+    """A picture in the making, and what stands in each of its units of 16 x 16 pixels.
+
+    Attributes:
+        pixels: `[side, side, 3]` float32.
+        labels: `[side / 16, side / 16, LABELS]` int: the number of what is seen there (0 nothing, then
+            digits, then shapes), of its colour (0 none), and up to `SLOTS` characters whose middle it holds
+            (0 none).
+    """
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        units = len(pixels) // UNIT_PX
+        self.pixels = pixels
+        self.labels = np.zeros((units, units, LABELS), np.int64)
+        self._covered = np.full((units, units), 0.08)
+
+    def note(self, ink: np.ndarray, top: int, left: int, name: int, colour: int) -> None:
+        """Label the units that ink `[h, w]` covers more than other things do, and a little at least."""
+        side, units = len(self.pixels), len(self.labels)
+        whole = np.zeros((side, side), np.float32)
+        whole[top : top + len(ink), left : left + ink.shape[1]] = ink
+        # [units, 16, units, 16] -> [units, units]
+        cover = whole.reshape(units, UNIT_PX, units, UNIT_PX).mean((1, 3))
+        more = cover > self._covered
+        self._covered[more] = cover[more]
+        self.labels[more, :2] = name, colour
+
+    def note_character(self, x: float, y: float, character: str) -> None:
+        """Label the unit that holds a character's middle."""
+        last = len(self.labels) - 1
+        slots = self.labels[min(int(y) // UNIT_PX, last), min(int(x) // UNIT_PX, last), 2:]
+        if (free := np.flatnonzero(slots == 0)).size:
+            slots[free[0]] = 1 + CHARACTERS.index(character)
 
 
 def background(rng: np.random.Generator, split: str, side: int) -> np.ndarray:
@@ -92,7 +140,7 @@ def _shade(rng: np.random.Generator, colour: str) -> np.ndarray:
     return np.clip(np.array(material.COLOURS[colour]) + rng.normal(0, 10, 3), 0, 255)
 
 
-def _draw(canvas, rng, split, thing: Thing, cell: int) -> None:
+def _draw(canvas: Canvas, rng, split, thing: Thing, cell: int) -> None:
     if thing.kind == WRITING:
         _write(canvas, rng, split, thing, cell)
         return
@@ -103,13 +151,15 @@ def _draw(canvas, rng, split, thing: Thing, cell: int) -> None:
         which = int(rng.integers(len(material.digits(split)[number])))
         ink = material.ink(split, number, which, size)
     else:
+        number = len(material.NUMBERS) + material.SHAPES.index(thing.kind)
         ink = material.shape_ink(thing.kind, size)
     top = thing.row * cell + int(rng.integers(cell - size + 1))
     left = thing.column * cell + int(rng.integers(cell - size + 1))
-    draw_ink(canvas, ink, top, left, _shade(rng, thing.colour))
+    draw_ink(canvas.pixels, ink, top, left, _shade(rng, thing.colour))
+    canvas.note(ink, top, left, 1 + number, 1 + list(material.COLOURS).index(thing.colour))
 
 
-def _write(canvas, rng, split, thing: Thing, cell: int) -> None:
+def _write(canvas: Canvas, rng, split, thing: Thing, cell: int) -> None:
     """Writing of 13 to 18 pixels within two cells side by side, whatever the size of the picture."""
     names = material.font_names(split)
     font = material.font(names[rng.integers(len(names))], int(rng.integers(13, 19)))
@@ -119,7 +169,10 @@ def _write(canvas, rng, split, thing: Thing, cell: int) -> None:
     ImageDraw.Draw(ink).text((1 - left, 1 - top), thing.name, font=font, fill=255)
     y = thing.row * cell + int(rng.integers(max(1, cell - height + 1)))
     x = thing.column * cell + int(rng.integers(max(1, 2 * cell - width + 1)))
-    draw_ink(canvas, np.asarray(ink, np.float32) / 255, y, x, _shade(rng, thing.colour))
+    draw_ink(canvas.pixels, np.asarray(ink, np.float32) / 255, y, x, _shade(rng, thing.colour))
+    for i, character in enumerate(thing.name):
+        ahead, reached = (font.getlength(thing.name[:n]) for n in (i, i + 1))
+        canvas.note_character(x + (ahead + reached) / 2, y + height / 2, character)
 
 
 def _finish(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -163,10 +216,35 @@ def picture(
     for _ in range(min(shapes, len(places))):
         kind = material.SHAPES[rng.integers(len(material.SHAPES))]
         things.append(Thing(kind, kind, str(rng.choice(colour_names)), *places.pop()))
-    canvas = background(rng, split, side)
+    canvas = Canvas(background(rng, split, side))
     for thing in things:
         _draw(canvas, rng, split, thing, cell)
-    return Scene(_finish(canvas, rng), tuple(things))
+    return Scene(_finish(canvas.pixels, rng), tuple(things), canvas.labels)
+
+
+def chart(rng: np.random.Generator, split: str, side: int, *, calm: float) -> Scene:
+    """A picture crowded with digits, shapes and writing, from which an encoder learns to see.
+
+    Args:
+        calm: how much of the photograph's contrast is taken away, 0 to 1.
+    """
+    cell = int(rng.choice([size for size in (32, 48) if size <= side // 2]))
+    cells = side // cell
+    still = background(rng, split, side)
+    canvas, things = Canvas(still + calm * (still.mean((0, 1)) - still)), []
+    for row in range(cells):
+        column = 0
+        while column < cells:
+            colour, number = str(rng.choice(list(material.COLOURS))), int(rng.integers(13))
+            name = (*material.NUMBERS, *material.SHAPES)[number]
+            thing = Thing("digit" if number < 10 else name, name, colour, row, column)
+            if column + 1 < cells and rng.random() < 0.3:
+                thing = Thing(WRITING, material.written(rng, split), colour, row, column)
+                column += 1
+            _draw(canvas, rng, split, thing, cell)
+            things.append(thing)
+            column += 1
+    return Scene(_finish(canvas.pixels, rng), tuple(things), canvas.labels)
 
 
 def clip(rng: np.random.Generator, split: str, side: int, *, frames: int, digits: int) -> Clip:
@@ -183,15 +261,18 @@ def clip(rng: np.random.Generator, split: str, side: int, *, frames: int, digits
     starts = np.sort(rng.permutation(frames // 2)[:digits]) * 2
     still = background(rng, split, side)
     video = np.repeat(still[None], frames, 0)
+    labels = np.zeros((frames, side // UNIT_PX, side // UNIT_PX, LABELS), np.int64)
     things = []
     for place, name, colour, start in zip(places, names, colours, starts, strict=True):
         thing = Thing("digit", str(name), str(colour), int(place) // cells, int(place) % cells)
-        drawn = still.copy()
+        drawn = Canvas(still.copy())
         _draw(drawn, rng, split, thing, cell)
-        changed = np.any(drawn != still, axis=-1)  # only its own pixels: others may be on screen
+        changed = np.any(drawn.pixels != still, axis=-1)  # only its own pixels: others may be on screen
+        seen = drawn.labels[..., 0] > 0
         end = int(start) + 2 * int(rng.integers(1, 3))
         for frame in range(int(start), min(end, frames)):
-            video[frame][changed] = drawn[changed]
+            video[frame][changed] = drawn.pixels[changed]
+            labels[frame][seen] = drawn.labels[seen]
         things.append(thing)
     pixels = np.stack([_finish(frame, rng) for frame in video])
-    return Clip(pixels, tuple(things), tuple(int(start) for start in starts))
+    return Clip(pixels, tuple(things), labels)

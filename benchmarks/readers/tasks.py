@@ -49,11 +49,13 @@ class Item:
         pictures: arrays `[height, width, 3]` uint8; empty for a video.
         video: `[frames, height, width, 3]` uint8, or None.
         questions: one at test time, all there are in training.
+        labels: what stands in each unit of each picture, or frame; for training.
     """
 
     pictures: tuple[np.ndarray, ...]
     video: np.ndarray | None
     questions: tuple[Question, ...]
+    labels: tuple[np.ndarray, ...] = ()
 
 
 def _alone(things: list[Thing], attribute: str) -> list[Thing]:

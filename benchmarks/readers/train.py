@@ -2,42 +2,48 @@
 
 One seeded run from random weights to a checkpoint folder, with a progress bar and curves; stopped at any time
 it goes on from its last saved state when the same command is given again. Difficulty rises with the share of
-the run done: one or two digits in small pictures first, everything at every size at the end.
+the run done: the encoder first learns to name what it sees (see `sight.py`), then questions about few digits
+in small pictures are asked, and in the end everything at every size.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import csv
+import json
 import sys
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
-import typer
+import transformers
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from readers import architectures, batches, states, tasks  # noqa: E402
+from readers import architectures, batches, card, tasks  # noqa: E402
 from readers.batches import Kind  # noqa: E402
+from readers.sight import Sight  # noqa: E402
 
 import illava  # noqa: E402
 
-# Kinds of batches, and how often each is drawn in the first, second and last part of a run.
+# Kinds of batches, and how often each is drawn in each part of a run.
 KINDS = {
-    Kind("picture", 96, 1, 32): (0.70, 0.20, 0.10),
-    Kind("picture", 128, 1, 24): (0.20, 0.30, 0.20),
-    Kind("picture", 192, 1, 12): (0.0, 0.20, 0.40),
-    Kind("several", 96, 3, 12): (0.05, 0.10, 0.05),
-    Kind("several", 128, 4, 6): (0.0, 0.05, 0.10),
-    Kind("video", 96, 8, 12): (0.05, 0.15, 0.15),
+    Kind("picture", 96, 1, 32): (0.60, 0.40, 0.20, 0.10),
+    Kind("picture", 128, 1, 24): (0.25, 0.25, 0.25, 0.20),
+    Kind("picture", 192, 1, 12): (0.15, 0.15, 0.25, 0.40),
+    Kind("several", 96, 3, 12): (0.0, 0.10, 0.10, 0.05),
+    Kind("several", 128, 4, 6): (0.0, 0.0, 0.05, 0.10),
+    Kind("video", 96, 8, 12): (0.0, 0.10, 0.15, 0.15),
 }
-PARTS = (0.15, 0.5)  # where the second and the last part begin
+LOOKING = 0.15  # share of a run in which the encoder learns to see, the language model left out
+PARTS = (LOOKING, 0.25, 0.5)  # where the parts after the first begin
+SIGHT = 0.3  # weight of what the encoder sees beside the answers, thereafter
 HELD_OUT = 10**9  # added to the seed of validation pictures
 
 
@@ -45,7 +51,8 @@ def settings(done: float) -> tuple[np.ndarray, float]:
     """Chances of each kind and ease of the pictures, when a share `done` of the run is behind."""
     part = sum(done >= start for start in PARTS)
     chances = np.array([row[part] for row in KINDS.values()])
-    return chances / chances.sum(), max(0.0, 1.0 - done / PARTS[0])
+    ease = 0.0 if part == 0 else max(0.0, 0.7 * (1 - done / PARTS[1]))
+    return chances / chances.sum(), ease
 
 
 def rate(done: float, step: int, warmup: int = 100) -> float:
@@ -53,9 +60,29 @@ def rate(done: float, step: int, warmup: int = 100) -> float:
     return min(1.0, (step + 1) / warmup, max(0.0, (1 - done) / 0.3) + 0.01)
 
 
-def optimizers(model: nn.Module, highest: float) -> list[torch.optim.Optimizer]:
+class Steps(Dataset):
+    """The batch of every step of a run; each follows from the seed and its number alone."""
+
+    def __init__(self, composer: batches.Composer, steps: int, size: float, seed: int) -> None:
+        self.composer, self.steps, self.size, self.seed = composer, steps, size, seed
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> batches.Batch:
+        chances, ease = settings(step / self.steps)
+        rng = np.random.default_rng([self.seed, step])
+        kind = list(KINDS)[rng.choice(len(KINDS), p=chances)]
+        kind = Kind(kind.name, kind.side, kind.count, max(1, round(kind.items * self.size)))
+        if step < LOOKING * self.steps:
+            calm = 1 - step / (LOOKING * self.steps)
+            return self.composer(batches.charts(rng, kind, "train", calm=calm))
+        return self.composer(batches.sample(rng, kind, "train", ease=ease))
+
+
+def optimizers(model: nn.Module, sight: nn.Module, highest: float) -> list[torch.optim.Optimizer]:
     """Muon (Jordan 2024) for the matrices of blocks and layers, AdamW for all else."""
-    matrices, others = [], []
+    matrices, others = [], list(sight.parameters())
     for name, weight in model.named_parameters():
         inner = any(part in name for part in (".blocks.", ".layers.", ".layer."))
         (matrices if weight.ndim == 2 and inner else others).append(weight)
@@ -74,8 +101,21 @@ def move(average: nn.Module, model: nn.Module, step: int, keep: float = 0.998) -
         mean.lerp_(weight, 1 - keep)
 
 
-def answers(model, batch, device):
-    """Loss of a batch and, for each question, whether greedy decoding would answer it exactly."""
+def look(model, batch, device, sight):
+    """Loss of naming what the encoder sees, the language model left out, and the share named rightly."""
+    on = batches.simple(batch, device)
+    names = ("pixel_values", "image_grid_thw")
+    with torch.autocast(device.type, torch.bfloat16):
+        model.model.get_image_features(**{name: on.inputs[name] for name in names if name in on.inputs})
+    return sight(on.labels)
+
+
+def answers(model, batch, device, sight=None):
+    """Loss of a batch and, for each question, whether greedy decoding would answer it exactly.
+
+    Args:
+        sight: adds the loss of naming what the encoder sees.
+    """
     on = batches.simple(batch, device)
     with torch.autocast(device.type, torch.bfloat16):
         hidden = model.model(**on.inputs, use_cache=False)[0]  # [B, L, width]
@@ -84,7 +124,7 @@ def answers(model, batch, device):
     right = torch.ones(len(batch.questions), dtype=torch.bool, device=device)
     wrong = logits.argmax(-1) != on.targets
     right[on.question[wrong]] = False
-    return loss, right
+    return loss if sight is None else loss + SIGHT * sight(on.labels)[0], right
 
 
 @torch.no_grad()
@@ -106,84 +146,117 @@ def validate(model, processor, *, items: int) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in sorted(found.items())}
 
 
-def restore(path: Path, model, parts, average) -> tuple[int, float]:
+def restore(path: Path, model, sight, parts, average) -> tuple[int, float]:
     """Go on from a saved state: the step reached and the hours spent."""
-    if path.with_suffix(".pt").exists():
-        sys.exit(
-            f"{path.with_suffix('.pt')} was saved by an earlier version of this script; finish that run with "
-            "that version, or delete the file to begin afresh"
-        )
     if not path.exists():
         return 0, 0.0
-    saved = states.read(path, {"model": model, "average": average}, parts)
-    return saved["step"], saved["hours"]
+    state = torch.load(path, weights_only=True, map_location="cpu")
+    if state["family"] != model.config.model_type:
+        raise SystemExit(f"{path} is of a {state['family']}: give another --state, or delete it")
+    model.load_state_dict(state["model"])
+    average.load_state_dict(state["average"])
+    sight.load_state_dict(state["sight"])
+    for optimizer, saved in zip(parts, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    return state["step"], state["hours"]
 
 
-def main(
-    family: Annotated[str, typer.Argument(help=f"One of {', '.join(architectures.FAMILIES)}.")],
-    out: Annotated[Path, typer.Option(help="Folder for the checkpoint and its curves.")],
-    state: Annotated[Path, typer.Option(help="Folder for the state that an interrupted run goes on from.")],
-    steps: Annotated[int, typer.Option(help="Optimizer steps of the whole run.")] = 20_000,
-    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-3,
-    size: Annotated[float, typer.Option(help="Factor on the items of a batch, for a GPU.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of weights and pictures.")] = 0,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
-    every: Annotated[
-        int, typer.Option(help="Steps between validations, saved states and checkpoints.")
-    ] = 250,
-    start_from: Annotated[
-        Path | None, typer.Option(help="Checkpoint whose equal weights to begin with.")
-    ] = None,
-) -> None:
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("family", choices=architectures.FAMILIES)
+    add("--out", type=Path, required=True, help="folder for the checkpoint and its curves")
+    add("--state", type=Path, required=True, help="folder for what an interrupted run goes on from")
+    add("--steps", type=int, default=20_000, help="optimizer steps of the whole run")
+    add("--learning-rate", type=float, default=2e-3, help="the highest")
+    add("--size", type=float, default=1.0, help="factor on the items of a batch")
+    add("--seed", type=int, default=0, help="of weights and pictures")
+    add("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    add("--workers", type=int, default=0, help="processes that draw pictures, for a GPU")
+    add("--every", type=int, default=250, help="steps between validations, saved states and checkpoints")
+    add("--start-from", type=Path, help="checkpoint whose weights of equal shape to begin with")
+    return parser.parse_args()
+
+
+def main() -> None:
     """Train a reader, or go on training it."""
-    if threads:
-        torch.set_num_threads(threads)
+    options = parse()
+    family, steps, out, state = options.family, options.steps, options.out, options.state
+    if options.threads:
+        torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, processor = architectures.build(family, tasks.WORDS, seed=seed)
-    if start_from:
-        architectures.borrow(model, start_from)
-    composer = batches.Composer(model, processor)
+    model, processor = architectures.build(family, tasks.WORDS, seed=options.seed)
+    if options.start_from:
+        architectures.borrow(model, options.start_from)
     average = copy.deepcopy(model).to(device)  # what is validated and saved
     model.to(device)
     if family == "qwen2_5_vl":  # one call for all windows instead of one each
         illava.patch(model, reduction=0, fast_windows=True)
-    parts = optimizers(model, learning_rate)
+    sight = Sight(model).to(device)
+    parts = optimizers(model, sight, options.learning_rate)
     state.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    step, hours = restore(state / "state.safetensors", model, parts, average)
-    kinds, losses, began = list(KINDS), [], time.monotonic()
+    step, hours = restore(state / "state.pt", model, sight, parts, average)
+    composer = batches.Composer(copy.deepcopy(average).to("meta"), processor)
+    note(out, options, model, device)
+    drawn = DataLoader(
+        Steps(composer, steps, options.size, options.seed),
+        batch_size=None, sampler=range(step, steps), num_workers=options.workers,
+        prefetch_factor=4 if options.workers else None,
+    )  # fmt: skip
+    losses, began = [], time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as bar:
         shown = bar.add_task(family, total=steps, completed=step)
-        while step < steps:
-            chances, ease = settings(step / steps)
-            rng = np.random.default_rng([seed, step])
-            kind = kinds[rng.choice(len(kinds), p=chances)]
-            kind = Kind(kind.name, kind.side, kind.count, max(1, round(kind.items * size)))
-            batch = composer(batches.sample(rng, kind, "train", ease=ease))
-            loss, right = answers(model, batch, device)
+        for batch in drawn:
+            looking = step < LOOKING * steps
+            loss, right = (look if looking else answers)(model, batch, device, sight)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in parts:
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * rate(step / steps, step)
+                    group["lr"] = options.learning_rate * rate(step / steps, step)
                 optimizer.step()
                 optimizer.zero_grad()
             move(average, model, step)
             step += 1
-            losses.append((loss.detach(), right.float().mean()))
+            losses.append((loss.detach(), right.float().mean().detach()))
             if step % 50 == 0:
                 loss, right = (float(torch.stack(x).mean()) for x in zip(*losses[-50:], strict=True))
                 bar.console.print(f"step {step}: loss {loss:.3f}, right {right:.3f}")
             bar.update(shown, completed=step)
-            if step % every == 0 or step == steps:
+            if step % options.every == 0 or step == steps:
                 spent = hours + (time.monotonic() - began) / 3600
-                save(model, average, processor, parts, step, spent, losses, state, out)
+                save(model, sight, average, processor, parts, step, spent, losses, state, out)
                 losses = []
 
 
-def save(model, average, processor, parts, step, hours, losses, state, out) -> None:
+def note(out: Path, options: argparse.Namespace, model: nn.Module, device: torch.device) -> None:
+    """Write down how this run was asked for, and what with."""
+    threads = torch.get_num_threads()
+    noted = {
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "seed": options.seed, "steps asked for": options.steps, "factor on batches": options.size,
+        "highest learning rate": options.learning_rate,
+        "began from": str(options.start_from or "random weights"),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {threads} threads",
+        "torch": torch.__version__, "transformers": transformers.__version__,
+    }  # fmt: skip
+    (out / "training.json").write_text(json.dumps(noted, indent=2) + "\n")
+
+
+def save(model, sight, average, processor, parts, step, hours, losses, state, out) -> None:
     """Validate the averaged weights, note it, and write checkpoint and state."""
+    torch.save(
+        {
+            "family": model.config.model_type, "step": step, "hours": hours, "model": model.state_dict(),
+            "average": average.state_dict(), "sight": sight.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in parts],
+        },
+        state / "new.pt",
+    )  # fmt: skip
     scores = validate(average, processor, items=48)
     architectures.save(average, processor, out)
     loss, right = (float(torch.stack(values).mean()) for values in zip(*losses, strict=True))
@@ -196,10 +269,9 @@ def save(model, average, processor, parts, step, hours, losses, state, out) -> N
         if fresh:
             writer.writeheader()
         writer.writerow(row)
-    # Last: what is noted twice is seen, what is lost is not.
-    models = {"model": model, "average": average}
-    states.write(state / "state.safetensors", models, parts, step=step, hours=hours)
+    card.write(out)
+    (state / "new.pt").replace(state / "state.pt")  # last: what is noted twice is seen, what is lost is not
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

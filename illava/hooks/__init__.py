@@ -7,6 +7,14 @@ task); what is known about a sequence lives in its cache.
 from illava.hooks.attention import ATTENTION_NAME, ConfigView, attention
 from illava.hooks.encoder import EncoderHooks
 from illava.hooks.language import LanguageHooks
-from illava.hooks.state import State
+from illava.hooks.state import OfOneModel, State
 
-__all__ = ["ATTENTION_NAME", "ConfigView", "EncoderHooks", "LanguageHooks", "State", "attention"]
+__all__ = [
+    "ATTENTION_NAME",
+    "ConfigView",
+    "EncoderHooks",
+    "LanguageHooks",
+    "OfOneModel",
+    "State",
+    "attention",
+]

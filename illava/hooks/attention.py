@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 
-from illava.errors import AlreadyPatchedError
-from illava.hooks.state import State
+from illava.hooks.state import OfOneModel, State
 
 # The name under which a merging attention module finds illava's attention function. It is read from
 # that module's own view of its config, only while it merges; no other model ever carries it.
 ATTENTION_NAME = "illava"
 
 
-class ConfigView:
+class ConfigView(OfOneModel):
     """One attention module's view of its config: illava's attention function while it merges."""
 
     def __init__(self, config: Any, merging: Callable[[], bool], state: State) -> None:
@@ -28,12 +27,6 @@ class ConfigView:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_config"], name)
-
-    def __deepcopy__(self, memo: Any) -> ConfigView:
-        raise AlreadyPatchedError(
-            "a patched model cannot be copied, since its hooks would go on working for the original; "
-            "call handle.remove(), copy, and patch both"
-        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._config, name, value)

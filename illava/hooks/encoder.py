@@ -56,7 +56,7 @@ class EncoderHooks:
 
     def enter_block_attention(self, number: int, args: Any, kwargs: Any) -> Any:
         call = self.state.vision.get()
-        if call is None or not (call.merges_at(number) or self.state.fast_windows):
+        if call is None or not (call.scores_at(number) or self.state.fast_windows):
             return None
         spans = kwargs.get("cu_seqlens")
         call.begin_attention(number, spans)
@@ -96,9 +96,14 @@ class EncoderHooks:
 
     def leave_block(self, number: int, output: Any) -> Any:
         call = self.state.vision.get()
-        if call is None or not call.merges_at(number):
+        end = number + 1 == len(self.seams.blocks)
+        if call is None or not (call.merges_at(number) or (end and call.merges_at(number + 1))):
             return None
-        merged = call.merged.pop(number)
+        if call.merges_at(number):
+            merged = call.merged.pop(number)
+        else:
+            merged = call.merge(number + 1, output[0] if isinstance(output, tuple) else output)
+            call.merged.clear()
         if call.outputs is not None:
             call.outputs[number] = merged
         return (merged, *output[1:]) if isinstance(output, tuple) else merged
@@ -140,9 +145,13 @@ class EncoderHooks:
         self.state.remember(call.record)
         before = self.state.left.get() if self.state.joining.get() else ()
         self.state.left.set((*before, call))
-        if not call.removes:
-            return output
-        call.forget()
+        try:
+            return self._full(call, output) if call.removes else output
+        finally:
+            call.forget()
+
+    def _full(self, call: VisionCall, output: Any) -> Any:
+        """What the tower puts out, at the caller's length."""
         if getattr(output, "last_hidden_state", None) is None:
             return output  # 4.57 returns a projector's output alone, which is full already
         output.last_hidden_state = call.full_grid(output.last_hidden_state, call.stages[-1])

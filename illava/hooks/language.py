@@ -14,6 +14,7 @@ from illava.hooks.state import State
 from illava.language import LanguageCall
 from illava.refusals import refuse_broken, refuse_checkpointing, refuse_unserved
 from illava.report import build_report
+from illava.rotary import rotation
 from illava.vision import is_dead
 
 
@@ -25,6 +26,7 @@ class LanguageHooks:
 
     def enter_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         call_args = arguments(module, args, kwargs)
+        self.state.vision.set(None)  # of an encoder call that was interrupted: torch runs no hook behind it
         self.state.left.set(())
         visual = self.state.family.visual_input(self.seams, call_args)
         embeds = call_args.get("inputs_embeds")
@@ -43,6 +45,7 @@ class LanguageHooks:
 
     def leave_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         self.state.visual.set(None)
+        self.state.drafted.set((0, 0))
         self.state.left.set(())
         return self.restore_hidden_states(output)
 
@@ -60,6 +63,9 @@ class LanguageHooks:
     def enter_language(self, module: Any, args: Any, kwargs: Any) -> Any:
         self.state.language.set(None)
         self.state.hidden_states.set(None)
+        if self.state.vision.get() is not None:  # interrupted in there, and called without its model now
+            self.state.vision.set(None)
+            self.state.visual.set(None)
         call_args = arguments(module, args, kwargs)
         visual = self.state.visual.get() or self.state.take_mark(call_args.get("inputs_embeds"))
         self.state.visual.set(None)  # a prompt is read once; what a method announced is read by now
@@ -79,6 +85,7 @@ class LanguageHooks:
             mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None,
             past, module.config._attn_implementation, self.state.number,
             records=call_args.get("output_hidden_states") not in (None, False),
+            drafted=self._drafted(past, embeds.shape[1]),
         )  # fmt: skip
         if visual is not None:
             if call.broken:
@@ -89,6 +96,7 @@ class LanguageHooks:
                 self.state.plan, self.state.shape, call, self.state.encoded.get(), embeds.shape[0]
             )
             self.state.encoded.set(None)
+            call.grids = [p.token_grid(self.seams.merge_size) for p in self.state.last.pictures]
         if not merged and not call.changes_length:
             return None
         sequence.check_cache(cache)
@@ -100,19 +108,46 @@ class LanguageHooks:
                 embeds.shape[0], -1
             )
         call_args["input_ids"] = None
-        call_args["inputs_embeds"] = call.enter_features(embeds)
-        call_args["position_ids"] = call.enter(positions[..., None])[..., 0]
-        call_args["attention_mask"] = self._no_mask(embeds)
         if self.seams.additions is not None:
             call_args = call.take_additions(self.seams.additions, call_args)
+        call_args["inputs_embeds"] = call.merge_input(call.enter_features(embeds))
+        call_args["position_ids"] = call.enter(positions[..., None])[..., 0]
+        call_args["attention_mask"] = self._no_mask(embeds)
         self.state.language.set(call)
         return (), call_args
+
+    def draft(self, get_candidate_generator: Any, *args: Any, **kwargs: Any) -> Any:
+        """What makes drafts for assisted decoding tells how much of the next call is one."""
+        generator = get_candidate_generator(*args, **kwargs)
+        get_candidates = generator.get_candidates
+
+        def announced(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            candidates = get_candidates(input_ids, *args, **kwargs)
+            length = candidates[0].shape[1]
+            self.state.drafted.set((length - input_ids.shape[1], length))
+            return candidates
+
+        generator.get_candidates = announced
+        return generator
+
+    def _drafted(self, past: int, length: int) -> int:
+        """How many tokens of this call are a draft; what was announced for another call counts for nothing."""
+        drafted, announced = self.state.drafted.get()
+        self.state.drafted.set((0, 0))
+        return drafted if announced in (length, past + length) else 0
 
     def _no_mask(self, embeds: torch.Tensor) -> Any:
         """Keeps Hugging Face from making a mask of the caller's length: a mask it takes for ready."""
         if len(self.seams.scoring_layers) < len(self.seams.layers):
             return {"full_attention": None, "linear_attention": None}
         return embeds.new_zeros((1, 1, 1, 1))
+
+    def _rotation(self, kwargs: Any) -> Any:
+        """What turns a layer's queries and keys, where a function of the plan's might ask."""
+        turned = kwargs.get("position_embeddings")
+        if turned is None or not self.state.plan.settings.by_function:
+            return None
+        return rotation(turned, self.seams.language_model.config)
 
     def enter_layer(self, number: int, args: Any, kwargs: Any) -> Any:
         call = self.state.language.get()
@@ -135,7 +170,7 @@ class LanguageHooks:
         kwargs["position_ids"] = None  # gaps in them would be taken for packed sequences
         kwargs["attention_mask"] = call.mask(number, cached) if scores else call.padding(number)
         if call.scores_at(number):
-            call.begin_attention(number, cached)
+            call.begin_attention(number, cached, self._rotation(kwargs))
         if cached is not None:
             call.announce(number, cached)
         return args, kwargs

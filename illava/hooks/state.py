@@ -7,10 +7,12 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
+from illava.errors import AlreadyPatchedError
 from illava.families.seams import Seams
 from illava.families.visual import VisualInput
 from illava.flops import measure
@@ -26,7 +28,49 @@ ENCODER_CALLS_REMEMBERED = 1024
 VISUAL_ATTRIBUTE = "_illava_visual"
 
 
-class State:
+T = TypeVar("T")
+# One variable for all patched models, as a context never lets go of a variable it has seen. What it holds
+# is replaced, not changed: tasks begin with what their parent had.
+_SLOTS: ContextVar[WeakKeyDictionary[Slot, Any] | None] = ContextVar("illava", default=None)
+
+
+class Slot(Generic[T]):
+    """A value per thread and task, let go of with its owner at the latest."""
+
+    def __init__(self, default: T) -> None:
+        self._default = default
+
+    def get(self) -> T:
+        held = _SLOTS.get()
+        return self._default if held is None else held.get(self, self._default)
+
+    def set(self, value: T) -> None:
+        before = _SLOTS.get()
+        if value is self._default and (before is None or self not in before):
+            return
+        held = WeakKeyDictionary() if before is None else before.copy()
+        if value is self._default:
+            del held[self]
+        else:
+            held[self] = value
+        _SLOTS.set(held)
+
+    def clear(self) -> None:
+        self.set(self._default)
+
+
+class OfOneModel:
+    """Part of a patched model that no copy may take along: it would go on working for the original."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise AlreadyPatchedError(
+            "a patched model cannot be copied or pickled, nor can its modules, since illava's hooks would go "
+            "on working for the original; call handle.remove(), copy, and patch both (save_pretrained and "
+            "state_dict work as they are)"
+        )
+
+
+class State(OfOneModel):
     """One patched model's plan and parts, and a value per thread and task for what is under way.
 
     Attributes:
@@ -39,6 +83,7 @@ class State:
         visual: which tokens of the coming language model call are visual.
         language: the language model call under way.
         hidden_states: what the language model call put back at the caller's length.
+        drafted: how many tokens a draft of assisted decoding ends with, and the length of it all.
         joining: whether a method of the model's own is joining pictures and text right now.
     """
 
@@ -47,13 +92,20 @@ class State:
         self.shape = measure(seams)
         self.number = next(_NUMBERS)
         self.last: Report | None = None
-        self.vision: ContextVar[VisionCall | None] = ContextVar("illava_vision", default=None)
-        self.left: ContextVar[tuple[VisionCall, ...]] = ContextVar("illava_left", default=())
-        self.encoded: ContextVar[deque[EncoderRecord] | None] = ContextVar("illava_encoded", default=None)
-        self.visual: ContextVar[VisualInput | None] = ContextVar("illava_visual", default=None)
-        self.language: ContextVar[LanguageCall | None] = ContextVar("illava_language", default=None)
-        self.hidden_states: ContextVar[Any] = ContextVar("illava_hidden_states", default=None)
-        self.joining: ContextVar[bool] = ContextVar("illava_joining", default=False)
+        self.vision: Slot[VisionCall | None] = Slot(None)
+        self.left: Slot[tuple[VisionCall, ...]] = Slot(())
+        self.encoded: Slot[deque[EncoderRecord] | None] = Slot(None)
+        self.visual: Slot[VisualInput | None] = Slot(None)
+        self.language: Slot[LanguageCall | None] = Slot(None)
+        self.hidden_states: Slot[Any] = Slot(None)
+        self.drafted: Slot[tuple[int, int]] = Slot((0, 0))
+        self.joining: Slot[bool] = Slot(False)
+
+    def forget(self) -> None:
+        """Let go of what an interrupted call has left in this thread."""
+        for slot in vars(self).values():
+            if isinstance(slot, Slot):
+                slot.clear()
 
     def block_attends(self, number: int) -> bool:
         """Whether encoder block `number` is attending and about to merge."""

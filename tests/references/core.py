@@ -56,6 +56,15 @@ class Result:
     )  # [n_units, D] after the merger: images' units, then videos', raster order; dead rows -inf
 
 
+@torch.no_grad()
+def greedy(run, new_tokens):
+    """The likeliest token after prompt and answer, `new_tokens` times; `run` is what a `reader` gives."""
+    answer = []
+    for _ in range(new_tokens):
+        answer.append(run(answer)[-1].argmax().item())
+    return answer
+
+
 # ---------------------------------------------------------------- attention
 
 

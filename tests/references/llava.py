@@ -33,6 +33,7 @@ from references.core import (
     Result,
     asking_queries,
     attend,
+    greedy,
     importance_of,
     merge_segment,
     rotate,
@@ -65,19 +66,26 @@ def forward(model, inputs, vit_removed, llm_removed, **options) -> Result:
 
 
 @torch.no_grad()
-def generate(model, inputs, vit_removed, llm_removed, *, new_tokens, **options) -> list[int]:
-    """Decode exactly `new_tokens` tokens greedily (no stopping token), running the sequence anew for each.
+def reader(model, inputs, vit_removed, llm_removed, **options):
+    """A function of the tokens of an answer: logits `[L, vocab]` of prompt and answer, run anew at each call.
 
     Only prompt positions are ever scored, merged or asked for attention, so the merges are the prompt's own.
     """
     options = Options(**options)
     seen, merges = see(model, inputs, vit_removed, options)
-    input_ids = inputs["input_ids"][0]
-    prompt_length = len(input_ids)
-    for _ in range(new_tokens):
-        result = read(model, input_ids, prompt_length, seen, merges, llm_removed, options)
-        input_ids = torch.cat([input_ids, result.logits[-1:].argmax(-1)])
-    return input_ids[prompt_length:].tolist()
+    prompt = inputs["input_ids"][0]
+
+    def run(answer):
+        ids = torch.cat([prompt, torch.tensor(answer, dtype=torch.long)])
+        return read(model, ids, len(prompt), seen, merges, llm_removed, options).logits
+
+    return run
+
+
+@torch.no_grad()
+def generate(model, inputs, vit_removed, llm_removed, *, new_tokens, **options) -> list[int]:
+    """Decode exactly `new_tokens` tokens greedily (no stopping token), running the whole sequence anew for each."""
+    return greedy(reader(model, inputs, vit_removed, llm_removed, **options), new_tokens)
 
 
 # ---------------------------------------------------------------- encoder

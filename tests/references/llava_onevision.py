@@ -1,5 +1,5 @@
 """Visual token merging in LLaVA-OneVision: SigLIP, pictures and videos. `references.llava` spells it out."""
 
-from references.llava import forward, generate
+from references.llava import forward, generate, reader
 
-__all__ = ["forward", "generate"]
+__all__ = ["forward", "generate", "reader"]

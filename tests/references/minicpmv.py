@@ -43,6 +43,7 @@ from references.core import (
     Result,
     asking_queries,
     attend,
+    greedy,
     importance_of,
     merge_segment,
     rotate,
@@ -72,20 +73,27 @@ def forward(model, inputs, vit_removed, llm_removed, **options) -> Result:
 
 
 @torch.no_grad()
-def generate(model, inputs, vit_removed, llm_removed, *, new_tokens, **options) -> list[int]:
-    """Decode exactly `new_tokens` tokens greedily (no stopping token), running the whole sequence anew for each.
+def reader(model, inputs, vit_removed, llm_removed, **options):
+    """A function of the tokens of an answer: logits `[L, vocab]` of prompt and answer, run anew at each call.
 
     Only prompt positions are ever scored, merged or asked for attention, so the merges are the prompt's own.
     """
     options = Options(**options)
     seen, _ = see(model, inputs, vit_removed, options)
-    input_ids = inputs["input_ids"][0]
-    prompt_length = len(input_ids)
-    for _ in range(new_tokens):
-        positions = positions_of(model, inputs, len(input_ids))
-        logits, _, _ = read(model, input_ids, prompt_length, seen, positions, llm_removed, options)
-        input_ids = torch.cat([input_ids, logits[-1:].argmax(-1)])
-    return input_ids[prompt_length:].tolist()
+    prompt = inputs["input_ids"][0]
+
+    def run(answer):
+        ids = torch.cat([prompt, torch.tensor(answer, dtype=torch.long)])
+        positions = positions_of(model, inputs, len(ids))
+        return read(model, ids, len(prompt), seen, positions, llm_removed, options)[0]
+
+    return run
+
+
+@torch.no_grad()
+def generate(model, inputs, vit_removed, llm_removed, *, new_tokens, **options) -> list[int]:
+    """Decode exactly `new_tokens` tokens greedily (no stopping token), running the whole sequence anew for each."""
+    return greedy(reader(model, inputs, vit_removed, llm_removed, **options), new_tokens)
 
 
 # ---------------------------------------------------------------- encoder

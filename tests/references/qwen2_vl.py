@@ -15,6 +15,7 @@ from references.core import (
     Result,
     asking_queries,
     attend,
+    greedy,
     importance_of,
     merge_segment,
     rotate,
@@ -47,21 +48,30 @@ def forward(model, inputs, vit_removed, llm_removed, **options) -> Result:
 
 
 @torch.no_grad()
-def generate(model, inputs, vit_removed, llm_removed, *, new_tokens, **options) -> list[int]:
-    """Decode exactly `new_tokens` tokens greedily (no stopping token), running the whole sequence anew for each.
+def reader(model, inputs, vit_removed, llm_removed, **options):
+    """A function of the tokens of an answer: logits `[L, vocab]` of prompt and answer, run anew at each call.
 
     Only prompt positions are ever scored, merged or asked for attention, so the merges are the prompt's own.
     """
     options = Options(**options)
     seen, _ = see(model, inputs, vit_removed, options)
-    input_ids, position_ids = inputs["input_ids"][0], positions_of(model, inputs)
-    prompt_length = len(input_ids)
-    for _ in range(new_tokens):
-        logits, _, _ = read(model, input_ids, prompt_length, seen, position_ids, llm_removed, options)
-        input_ids = torch.cat([input_ids, logits[-1:].argmax(-1)])
-        # a text token stands one after the largest position so far, on all three axes
-        position_ids = torch.cat([position_ids, position_ids.max().repeat(3, 1) + 1], dim=1)
-    return input_ids[prompt_length:].tolist()
+    prompt, prompt_positions = inputs["input_ids"][0], positions_of(model, inputs)
+
+    def run(answer):
+        # A text token stands one after the last, on all three axes. That is what `generate` does; where a
+        # video's times run ahead of the text behind it (5.23, Qwen2.5-VL), some have been larger.
+        further = prompt_positions[:, -1].max() + torch.arange(1, len(answer) + 1)
+        positions = torch.cat([prompt_positions, further.repeat(3, 1)], dim=1)
+        ids = torch.cat([prompt, torch.tensor(answer, dtype=torch.long)])
+        return read(model, ids, len(prompt), seen, positions, llm_removed, options)[0]
+
+    return run
+
+
+@torch.no_grad()
+def generate(model, inputs, vit_removed, llm_removed, *, new_tokens, **options) -> list[int]:
+    """Decode exactly `new_tokens` tokens greedily (no stopping token), running the whole sequence anew for each."""
+    return greedy(reader(model, inputs, vit_removed, llm_removed, **options), new_tokens)
 
 
 def positions_of(model, inputs):

@@ -1,1 +1,1 @@
-"""What illava does not break: ways to generate, faults, odd inputs."""
+"""What a patched model must stand: faults, threads, neighbours, odd inputs, every way to generate."""

@@ -1,13 +1,14 @@
-"""What the tests of trust share: models left unpatched, a table of claims, one way to draw odd inputs.
+"""The marker `claim` and the table it fills: what works, what is refused, and how we know.
 
-A test says what it shows by `@pytest.mark.claim(area, what, "works" | "refused", how_we_know)`;
-`pytest tests/trust --claims FILE.csv` writes one row per claim and family: what came out of its tests.
+    @pytest.mark.claim("Decoding", "beam search", "works", "how we know, in one sentence")
+
+`pytest tests/trust --claims FILE.csv` writes a row per claim, family and version of transformers: the outcome
+of its tests (`passed`, `failed`, or why they were skipped).
 """
 
 import csv
 
 import pytest
-import torch
 import transformers
 
 import illava
@@ -30,40 +31,45 @@ if settings is not None:
     )
     settings.load_profile("trust")
 
+HEADER = ("topic", "claim", "verdict", "how we know", "family", "transformers", "outcome")
+
 
 def pytest_addoption(parser):
-    parser.addoption("--claims", metavar="FILE.csv", help="write what came out of every claim")
+    parser.addoption("--claims", metavar="FILE.csv", help="write what the tests of tests/trust found")
 
 
 def pytest_configure(config):
-    if path := config.getoption("--claims", None):
-        config.pluginmanager.register(Claims(path))
+    if config.getoption("--claims", None):
+        config.pluginmanager.register(Claims(config.getoption("--claims")))
 
 
 @pytest.fixture(autouse=True)
 def _as_new():
+    """Tests share models: whatever a test did, the next one finds them unpatched."""
     yield
     for model in tools.built():
         illava.unpatch(model)
         if hasattr(model.model, "rope_deltas"):
-            model.model.rope_deltas = None
+            model.model.rope_deltas = None  # Hugging Face's memory of the last call's positions
 
 
 class Claims:
-    """Gathers outcomes by the marks `claim` and the parameter `family`."""
+    """Gathers outcomes by claim and the test's parameter `family`."""
 
     def __init__(self, path: str) -> None:
-        self.path, self.outcomes = path, {}
+        self.path = path
+        self.outcomes: dict[tuple[str, ...], list[str]] = {}
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
         report = yield
         if report.passed and report.when != "call":
             return report
-        family = (getattr(item, "callspec", None) and item.callspec.params.get("family")) or "all"
         outcome = report.outcome
         if report.skipped:
             outcome = f"skipped: {report.longrepr[2].removeprefix('Skipped: ')}"
+        callspec = getattr(item, "callspec", None)
+        family = (callspec.params.get("family") if callspec else None) or "any"
         for mark in item.iter_markers("claim"):
             self.outcomes.setdefault((*mark.args, family), []).append(outcome)
         return report
@@ -71,9 +77,9 @@ class Claims:
     def pytest_sessionfinish(self):
         with open(self.path, "w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(
-                ["area", "claim", "expected", "how we know", "family", "transformers", "torch", "result"]
-            )
-            for key, outcomes in sorted(self.outcomes.items()):
-                result = "failed" if "failed" in outcomes else next(iter(sorted(set(outcomes))))
-                writer.writerow([*key, transformers.__version__, torch.__version__, result])
+            writer.writerow(HEADER)
+            for (*claim, family), outcomes in sorted(self.outcomes.items()):
+                failed = [o for o in outcomes if o == "failed"]
+                ran = [o for o in outcomes if not o.startswith("skipped")]
+                result = "failed" if failed else "passed" if ran else outcomes[0]
+                writer.writerow([*claim, family, transformers.__version__, result])

@@ -12,7 +12,9 @@ from illava.plan import PLAN_FIELDS, Plan
 LAYERS = st.none() | st.lists(st.integers(0, 40), unique=True, max_size=4)
 SHARE = st.floats(0, 1, allow_nan=False)
 OPEN = st.floats(0, 1, exclude_min=True)
+SHARES = st.lists(OPEN, max_size=3).map(lambda x: sorted(x, reverse=True))
 BUDGETS = st.one_of(
+    st.builds(lambda x: {"vit_shares": x, "vit_layers": list(range(len(x)))} if x else {}, SHARES),
     st.fixed_dictionaries({}, optional={"reduction": st.floats(0, 1, exclude_max=True)}),
     st.fixed_dictionaries({}, optional={"vit_keep_ratio": OPEN, "llm_keep_ratio": OPEN}),
     st.fixed_dictionaries(
@@ -31,6 +33,7 @@ OTHERS = st.fixed_dictionaries(
         merge=st.sampled_from(["recycle", "prune", "linear"]),
         queries=st.sampled_from(["text", "all", "visual", "last"]),
         window_score=st.sampled_from(["window", "picture"]),
+        proportional=st.booleans(),
     ),
 )
 JSON = st.recursive(
@@ -47,9 +50,10 @@ NAMES = st.sampled_from(sorted(PLAN_FIELDS)) | st.text(max_size=12)
 @given(budget=BUDGETS, others=OTHERS)
 @settings(max_examples=200)
 def test_any_plan_comes_back(budget, others):
-    plan = Plan(**budget, **others)
+    others |= budget  # layers, too, where they have shares
+    plan = Plan(**others)
     assert Plan.from_json(plan.to_json()) == plan
-    assert Plan.from_dict(budget | others) == plan
+    assert Plan.from_dict(others) == plan
 
 
 @pytest.mark.claim("Safety", "any other JSON as a plan", "refused", "a PlanError, for any JSON (hypothesis)")
@@ -98,9 +102,12 @@ def test_anything_else_is_refused(text):
         ('{"vit_layers": {}}', "vit_layers={} is not a tuple of layers"),
         ('{"vit_layers": [[1]]}', r"vit_layers=\(\[1\],\): \[\[1\]\] are not layer numbers"),
         ('{"score": []}', r"score=\[\] is not known"),
+        ('{"proportional": "no"}', "proportional='no' is neither True nor False"),
+        ('{"vit_layers": [1], "vit_shares": [null]}', "None is no share"),
+        ('{"vit_layers": [1], "vit_shares": {}}', "is not a tuple of shares"),
         ("[" * 100_000, "cannot be read"),
     ],
-    ids=range(21),
+    ids=range(24),
 )
 def test_what_is_wrong_is_said(text, message):
     with pytest.raises(illava.PlanError, match=message):

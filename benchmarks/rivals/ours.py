@@ -1,0 +1,26 @@
+"""illava itself: its defaults, and the paper's plan at the same relative depth."""
+
+from __future__ import annotations
+
+from illava import Plan
+from illava.families.seams import Seams
+from illava.plan import LLM_PAPER, VIT_PAPER
+from illava.schedule import scale_layers
+from rivals.common import Rival
+
+
+def default(seams: Seams, final_ratio: float) -> Plan:
+    return Plan(reduction=1 - final_ratio)
+
+
+def paper(seams: Seams, final_ratio: float) -> Plan:
+    return Plan.paper(
+        1 - final_ratio,
+        vit_layers=scale_layers(*VIT_PAPER, len(seams.blocks)),
+        llm_layers=scale_layers(*LLM_PAPER, len(seams.layers)),
+    )
+
+
+EQUAL_STEPS = "Layers remove equal whole numbers, so the final tokens are within half a token per layer."
+ILLAVA = Rival("illava", "this package's defaults", "both", EQUAL_STEPS, default)
+PAPER = Rival("illava paper", "iLLaVA, ICLR 2026, section 4.1: `Plan.paper()`", "both", EQUAL_STEPS, paper)

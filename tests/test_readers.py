@@ -1,0 +1,144 @@
+"""The readers' pictures, questions and training batches: what a question asks is what the picture shows."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from accuracy_show import kept, wilson
+from readers import architectures, batches, material, scenes, tasks
+from readers.batches import Kind
+
+KINDS = [Kind("picture", 96, 1, 3), Kind("several", 96, 3, 2), Kind("video", 96, 8, 2)]
+
+
+def test_splits_share_nothing():
+    for one, other in itertools.combinations(material.SPLITS, 2):
+        assert not set(material.font_names(one)) & set(material.font_names(other))
+        mine = {x.tobytes() for number in material.digits(one) for x in number}
+        assert not mine & {x.tobytes() for number in material.digits(other) for x in number}
+        rng = np.random.default_rng(0)
+        written = [{material.written(rng, split) for _ in range(200)} for split in (one, other)]
+        assert not written[0] & written[1]
+        photographs = [{x.tobytes() for x in material.photographs(split)} for split in (one, other)]
+        assert not photographs[0] & photographs[1]
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_items_follow_from_their_number(task):
+    first, again, other = (tasks.held_out_item(task, "test", number) for number in (3, 3, 4))
+    assert first.questions == again.questions
+    assert len(first.questions) == 1
+    shown = [np.stack(item.pictures) if item.video is None else item.video for item in (first, again, other)]
+    assert np.array_equal(shown[0], shown[1])
+    assert not np.array_equal(shown[0], shown[2])
+
+
+def test_questions_are_answered_by_the_picture():
+    """Every answer found once more by looking at each thing in turn."""
+    rng, asked = np.random.default_rng(1), set()
+    for _ in range(60):
+        scene = tasks.picture_scene(rng, "train", 192)
+        digits = [thing for thing in scene.things if thing.kind == "digit"]
+        for question in tasks.picture_questions(scene):
+            words, answer = question.text.split(), question.answer
+            asked.add(question.task)
+            if question.task == "find":
+                assert [d.name for d in digits if d.colour == words[3]] == [answer]
+            elif question.task == "count" and words[2] in material.COLOURS:
+                assert sum(d.colour == words[2] for d in digits) == material.NUMBERS.index(answer)
+            elif question.task == "count":
+                kind = words[2][:-1]
+                assert sum(t.kind == kind for t in scene.things) == material.NUMBERS.index(answer)
+            elif question.task == "text":
+                assert [t.name for t in scene.things if t.kind == "writing"] == [answer]
+            elif question.task == "spatial":
+                (here,) = [d for d in digits if d.colour == words[-3]]
+                there = [t for t in scene.things if t.name == answer]
+                if words[2] in ("left", "right"):
+                    side = -1 if words[2] == "left" else 1
+                    assert any(t.row == here.row and side * (t.column - here.column) > 0 for t in there)
+                else:
+                    side = -1 if words[2] == "above" else 1
+                    assert any(t.column == here.column and side * (t.row - here.row) > 0 for t in there)
+    assert asked == {"", "find", "spatial", "count", "text"}
+
+
+def test_several_and_video_questions():
+    rng = np.random.default_rng(2)
+    shown = tasks.several_scenes(rng, "train", 96, 4)
+    for question in tasks.several_questions(shown):
+        what = question.text.removeprefix("in which picture is the ").split()[0]
+        has = [any(what in (t.name, t.colour) for t in scene.of_kind("digit")) for scene in shown]
+        assert [i for i, x in enumerate(has) if x] == [tasks.ORDINALS.index(question.answer)]
+    clip = scenes.clip(rng, "train", 96, frames=8, digits=3)
+    appeared = [
+        next(frame for frame in range(8) if (clip.labels[frame, ..., 0] == 1 + number).any())
+        for number in (material.NUMBERS.index(name) for name in tasks.video_questions(clip)[0].answer.split())
+    ]
+    assert appeared == sorted(appeared)
+    assert len(set(appeared)) == 3
+
+
+def test_labels_say_what_was_drawn_where():
+    """Units without a label look like the photograph beneath; each thing has a unit within its cell."""
+    rng = np.random.default_rng(3)
+    scene = scenes.picture(rng, "train", 192, digits=5, shapes=2)
+    for thing in scene.things:
+        named = (*material.NUMBERS, *material.SHAPES).index(thing.name) + 1
+        rows, columns = np.nonzero(scene.labels[..., 0] == named)
+        inside = (rows // 3 == thing.row) & (columns // 3 == thing.column)
+        assert inside.any()
+        colours = scene.labels[rows[inside], columns[inside], 1]
+        assert (colours == 1 + list(material.COLOURS).index(thing.colour)).all()
+    written = scenes.picture(np.random.default_rng(4), "train", 192, digits=0, writing=True)
+    found = [scenes.CHARACTERS[n - 1] for n in written.labels[..., 2:].flatten() if n]
+    assert "".join(found) == written.things[0].name  # left to right, slot by slot
+
+
+@pytest.fixture(scope="module", params=architectures.FAMILIES)
+def built(request):
+    return architectures.build(request.param, tasks.WORDS)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_questions_in_one_batch_are_blind_to_each_other(built, kind):
+    """Logits of every answer's first token equal those of a plain prompt with that question alone."""
+    model, processor = built
+    composer = batches.Composer(model, processor)
+    items = batches.sample(np.random.default_rng(5), kind, "train")
+    batch = composer(items)
+    with torch.inference_mode():
+        hidden = model.model(**batch.inputs, use_cache=False)[0]
+        logits = model.lm_head(hidden[batch.rows, batch.columns])
+        first = [int((batch.question == n).nonzero()[0]) for n in range(len(batch.questions))]
+        asked = [(item, question) for item in items for question in item.questions]
+        for place, (item, question) in list(zip(first, asked, strict=True))[::4]:
+            alone = model(**composer.prompt(item, question.text)).logits[0, -1]
+            assert (logits[place] - alone).abs().max() < 1e-4
+    assert len(batch.labels) == int((batch.inputs["input_ids"] == _placeholder(model, kind)).sum())
+
+
+def _placeholder(model, kind):
+    config = model.config
+    video = kind.name == "video" and config.model_type == "qwen2_5_vl"
+    return config.video_token_id if video else config.image_token_id
+
+
+def test_every_word_is_one_token():
+    tokenizer = architectures.tokenizer("qwen2_5_vl", tasks.WORDS)
+    rng = np.random.default_rng(6)
+    for kind in KINDS:
+        for item in batches.sample(rng, kind, "train"):
+            for question in item.questions:
+                text = f"{question.text} {'' if question.task == 'text' else question.answer}".split()
+                assert len(tokenizer(" ".join(text)).input_ids) == len(text)
+
+
+def test_intervals():
+    low, high = wilson(90, 100)  # the textbook's: 0.826 to 0.945
+    assert (round(low, 3), round(high, 3)) == (0.826, 0.945)
+    rows = [{"items": "8", "bits": bits, "note": ""} for bits in ("f0", "0f", "ff")]
+    assert kept(rows[:1], rows[2:]) == (0.5, 0.125, 0.875)
+    assert kept(rows[:2], rows[2:] * 2)[0] == 0.5
+    assert kept(rows[:1], rows[1:]) is None  # a task is missing

@@ -1,0 +1,218 @@
+"""A call that ends in an exception leaves nothing behind: the next one is right, and removal is clean."""
+
+import itertools
+
+import pytest
+import torch
+
+from contract import tools
+from illava import merge
+from trust import faults
+
+
+def claim(name, how):
+    return pytest.mark.claim("Faults", name, "works", how)
+
+
+def seams(model) -> dict:
+    """The modules illava's hooks sit on, and those they hand results to."""
+    parts = {"the whole model": model, "model": model.model, "tower": tools.tower(model)}
+    parts |= {f"block {i}": block for i, block in enumerate(tools.blocks(model))}
+    parts |= {f"layer {i}": layer for i, layer in enumerate(tools.layers(model))}
+    parts |= {"language model": model.model.language_model, "head": model.lm_head}
+    hooked = {name: m for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks}
+    known = {id(m) for m in parts.values()}
+    return parts | {name: m for name, m in hooked.items() if id(m) not in known}
+
+
+class Subject:
+    """A patched model, what it answers, and what the unpatched one looks like."""
+
+    KINDS = ("one picture", "text only", "batch")  # of the next call: other sizes, no picture, several rows
+
+    def __init__(self, family, monkeypatch) -> None:
+        self.model = tools.build(family)
+        self.watch = faults.Watch(monkeypatch)
+        self.inputs = tools.prompt_of(family, tools.mixed(family))
+        # Hugging Face puts its recorders on a model when first asked.
+        tools.forward(self.model, self.inputs, output_hidden_states=True)
+        self.before, self.forwards = tools.trace(self.model), self._forwards()
+        self.handle = tools.patch(self.model, family, **tools.DEEP)
+        self.prompts = {kind: tools.prompt_of(family, kind) for kind in self.KINDS}
+        self.expected = {kind: faults.answer(self.model, prompt) for kind, prompt in self.prompts.items()}
+        self.turn = itertools.cycle(self.KINDS)
+
+    def ends_with(self, error: type[BaseException]) -> bool:
+        """Prefill and a step of decoding; whether they ended with an error of this kind."""
+        try:
+            tools.generate(self.model, self.inputs, tokens=2, do_sample=False)
+        except error:
+            return True
+        return False
+
+    def check_left(self, told: str) -> None:
+        """Right behind an exception."""
+        assert not faults.under_way(self.handle), told
+        assert not self.watch.features(), told
+
+    def check_next(self, told: str) -> None:
+        """The next call is what a fresh patched model answers, and nothing is left."""
+        kind = next(self.turn)
+        answer = faults.answer(self.model, self.prompts[kind])
+        assert faults.same(answer, self.expected[kind]), f"{kind} after {told}"
+        assert not self.watch.alive, told
+        assert not faults.under_way(self.handle, waiting=("encoded",)), told
+
+    def check_removal(self) -> None:
+        self.handle.remove()
+        for module, forward in self.forwards.items():
+            # 4.57 replaces it to record hidden states, and leaves it so after an exception, patched or not.
+            module.__dict__.pop("forward", None)
+            if forward is not None:
+                module.__dict__["forward"] = forward
+        assert not self.watch.alive
+        assert faults.context_is_empty()
+        assert tools.trace(self.model) == self.before
+
+    def _forwards(self):
+        return {module: module.__dict__.get("forward") for module in self.model.modules()}
+
+
+def throw_at(subject, places: dict, errors, wheres=faults.WHERE) -> None:
+    """Faults at places in turn; after each, the next call."""
+    thrown = 0
+    for (name, module), kind, where in zip(
+        places.items(), itertools.cycle(errors), itertools.cycle(wheres), strict=False
+    ):
+        error, told = faults.ERRORS[kind], f"{kind} {where} {name}"
+        with faults.fault(module, where, error):
+            if not subject.ends_with(type(error())):
+                continue  # this family never calls it
+        thrown += 1
+        if kind != "Ctrl-C":  # torch runs no hooks behind it; the next call or removal clears up
+            subject.check_left(told)
+        subject.check_next(told)
+    assert thrown > 10
+    subject.check_removal()
+
+
+# The others run with `-m slow`.
+some_families = pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=[] if name in ("qwen2_5_vl", "internvl") else pytest.mark.slow)
+        for name in tools.zoo.FAMILIES
+    ],
+)
+EVERYWHERE = "thrown at each in turn; the next call is bit-identical, nothing is left of the failed one"
+
+
+@claim(
+    "an exception or out of memory in a block, layer or projector, or in anybody's hook on one", EVERYWHERE
+)
+@some_families
+def test_an_exception_at_every_seam(family, monkeypatch):
+    subject = Subject(family, monkeypatch)
+    throw_at(subject, seams(subject.model), ["an exception", "out of memory"])
+
+
+@claim("Ctrl-C in a block, layer or projector, or in anybody's hook on one", EVERYWHERE)
+@some_families
+def test_an_interruption_at_every_seam(family, monkeypatch):
+    subject = Subject(family, monkeypatch)
+    throw_at(subject, seams(subject.model), ["Ctrl-C"], faults.WHERE[1::2])
+
+
+@pytest.mark.slow
+@claim("an exception, out of memory or Ctrl-C in any module", EVERYWHERE)
+@tools.each_family
+def test_a_fault_in_every_module(family, monkeypatch):
+    subject = Subject(family, monkeypatch)
+    throw_at(subject, dict(subject.model.named_modules()), faults.ERRORS)
+
+
+@claim(
+    "Ctrl-C, then removal",
+    "interrupted in the encoder and in the language model; removal alone lets go of all",
+)
+@some_families
+def test_removal_after_an_interruption(family, monkeypatch):
+    for place in ("blocks", "layers"):
+        subject = Subject(family, monkeypatch)
+        with faults.fault(getattr(tools, place)(subject.model)[2], "inside", KeyboardInterrupt):
+            assert subject.ends_with(KeyboardInterrupt)
+        assert subject.watch.alive  # or this test shows nothing
+        subject.check_removal()
+
+
+def interrupted_at(lines: int, count: int) -> list[int]:
+    """Seeded choice of lines to interrupt."""
+    return sorted((torch.randperm(lines)[:count] + 1).tolist())
+
+
+@claim("Ctrl-C between any two lines of illava's own code in a call", EVERYWHERE)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava_next"])
+@pytest.mark.parametrize("count", [12, pytest.param(100, marks=pytest.mark.slow)])
+def test_an_interruption_anywhere(family, count, monkeypatch):
+    subject = Subject(family, monkeypatch)
+    with faults.Interruption() as all_lines:
+        assert not subject.ends_with(KeyboardInterrupt)
+    assert all_lines.lines > 1000
+    for line in interrupted_at(all_lines.lines, count):
+        with faults.Interruption(line):
+            assert subject.ends_with(KeyboardInterrupt)
+        subject.check_next(f"line {line}")
+    subject.check_removal()
+
+
+@claim("Ctrl-C while patching or removing", "at every line of illava's code; removing again finishes the job")
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next"])
+def test_an_interrupted_patch_or_removal(family):
+    model = tools.build(family)
+    tools.forward(model, tools.prompt_of(family, "one picture"), output_hidden_states=True)
+    before = tools.trace(model)
+    with faults.Interruption() as patching:
+        handle = tools.patch(model, family, **tools.DEEP)
+    with faults.Interruption() as removing:
+        handle.remove()
+    assert patching.lines > 500
+    assert removing.lines > 50
+    for line in interrupted_at(patching.lines, 150):
+        with pytest.raises(KeyboardInterrupt), faults.Interruption(line):
+            tools.patch(model, family, **tools.DEEP)
+        assert tools.trace(model) == before, line
+    for line in interrupted_at(removing.lines, 40):
+        handle = tools.patch(model, family, **tools.DEEP)
+        with pytest.raises(KeyboardInterrupt), faults.Interruption(line):
+            handle.remove()
+        handle.remove()
+        assert tools.trace(model) == before, line
+
+
+@claim("out of memory while a merge is decided or applied", EVERYWHERE)
+@pytest.mark.parametrize("name", ["select", "compact"])
+@some_families
+def test_out_of_memory_inside_every_merge(family, name, monkeypatch):
+    """`select` decides a merge, `compact` finds what it leaves: in the encoder, on entry, in the decoder."""
+    subject = Subject(family, monkeypatch)
+    own, calls, failing = getattr(merge, name), 0, 0
+
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise faults.out_of_memory()
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(merge, name, counted)
+    assert not subject.ends_with(torch.OutOfMemoryError)
+    merges = calls
+    assert merges >= 3
+    for failing in range(1, merges + 1):
+        calls = 0
+        assert subject.ends_with(torch.OutOfMemoryError)
+        told = f"merge.{name}, call {failing} of {merges}"
+        subject.check_left(told)
+        calls = merges
+        subject.check_next(told)
+    subject.check_removal()
