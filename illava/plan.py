@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from illava.errors import PlanError
@@ -90,6 +92,9 @@ class Plan:
             shares = _share_tuple(f"{stage}_shares", getattr(self, f"{stage}_shares"), layers)
             object.__setattr__(self, f"{stage}_shares", shares)
         _check_range("reduction", self.reduction, 0, 1, upper_open=True, hint="for example 0.667")
+        for name in ("encoder_share", "recycled", "members"):
+            if getattr(self, name) is None:
+                raise PlanError(f"{name}=None says nothing; leave it out for the default")
         _check_range("encoder_share", self.encoder_share, 0, 1)
         for name in ("vit_keep_ratio", "llm_keep_ratio"):
             _check_range(
@@ -98,6 +103,8 @@ class Plan:
             )  # fmt: skip
         for name in ("vit_tokens_removed", "llm_tokens_removed"):
             _check_count(name, getattr(self, name), minimum=0)
+        if not isinstance(self.proportional, bool):
+            raise PlanError(f"proportional={self.proportional!r} is neither True nor False; give one of them")
         _check_range("recycled", self.recycled, 0, 1, lower_open=True)
         _check_count("members", self.members, minimum=1)
         for name, choices in _CHOICES.items():
@@ -134,7 +141,7 @@ class Plan:
         return replace(plan, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values, for JSON; `Plan(**d)` reads it back.
+        """Everything as plain values; `Plan.from_dict` reads it back.
 
         Raises:
             PlanError: a score or rule that is a function.
@@ -144,6 +151,57 @@ class Plan:
             if callable(choice):
                 raise PlanError(f"{name}={name_of(choice)} is a function, which has no plain value")
         return asdict(self)
+
+    def to_json(self) -> str:
+        """Everything as JSON; `Plan.from_json` reads it back."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Plan:
+        """A plan from plain values that somebody else wrote; what is left out has its default.
+
+        Raises:
+            PlanError: not a dict, a setting that does not exist, or a value out of range.
+        """
+        if not isinstance(values, Mapping):
+            raise PlanError(
+                f"a plan is a dict of settings, not {values!r}; give for example {{'reduction': 0.5}}"
+            )
+        for name in values:
+            if name not in PLAN_FIELDS:
+                near = get_close_matches(str(name), PLAN_FIELDS, n=1)
+                remedy = (
+                    f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(PLAN_FIELDS))}"
+                )
+                raise PlanError(f"{name!r} is not a setting of a plan; {remedy}")
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Plan:
+        """A plan from JSON, taken for data and nothing else.
+
+        Raises:
+            PlanError: not JSON, a name twice, NaN or infinity, or whatever `from_dict` refuses.
+        """
+
+        def refuse(constant: str) -> None:
+            raise PlanError(f"{constant} in a plan's JSON is no number; write one within its range")
+
+        def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            names = [name for name, _ in pairs]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise PlanError(f"a plan's JSON says {twice[0]!r} twice; say it once")
+            return dict(pairs)
+
+        try:
+            values = json.loads(text, parse_constant=refuse, object_pairs_hook=once)
+        except PlanError:
+            raise
+        except (ValueError, TypeError, RecursionError) as error:
+            raise PlanError(
+                f"a plan's JSON cannot be read: {error}; Plan.to_json() writes one that can"
+            ) from error
+        return cls.from_dict(values)
 
     @property
     def by_function(self) -> bool:
@@ -177,7 +235,7 @@ def _layer_tuple(name: str, layers: Any, place: str) -> tuple[Any, ...] | None:
         return None
     if isinstance(layers, int):
         raise PlanError(f"{name}={layers} is a single number; give a tuple, {name}=({layers},)")
-    if not isinstance(layers, Iterable) or isinstance(layers, str):
+    if not isinstance(layers, Iterable) or isinstance(layers, (str, bytes, Mapping)):
         raise PlanError(f"{name}={layers!r} is not a tuple of layers; give for example {name}=(2, 8)")
     layers = tuple(layers)
     wrong = [x for x in layers if x != place and (not isinstance(x, int) or isinstance(x, bool) or x < 0)]
@@ -194,10 +252,12 @@ def _layer_tuple(name: str, layers: Any, place: str) -> tuple[Any, ...] | None:
 def _share_tuple(name: str, shares: Any, layers: tuple[Any, ...] | None) -> tuple[float, ...] | None:
     if shares is None:
         return None
-    if not isinstance(shares, Iterable) or isinstance(shares, str):
+    if not isinstance(shares, Iterable) or isinstance(shares, (str, bytes, Mapping)):
         raise PlanError(f"{name}={shares!r} is not a tuple of shares; give one for each merging layer")
     shares = tuple(shares)
     for share in shares:
+        if share is None:
+            raise PlanError(f"{name}={shares}: None is no share; give one for each merging layer")
         _check_range(name, share, 0, 1, lower_open=True, hint="a picture keeps at least one token")
     if any(after > before for before, after in zip(shares, shares[1:], strict=False)):
         raise PlanError(f"{name}={shares} rises; each is the share of all tokens left, not of the last")

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from readers import architectures, batches, card, tasks  # noqa: E402
+from readers import architectures, batches, card, states, tasks  # noqa: E402
 from readers.batches import Kind  # noqa: E402
 from readers.sight import Sight  # noqa: E402
 
@@ -44,6 +44,7 @@ KINDS = {
 LOOKING = 0.15  # share of a run in which the encoder learns to see, the language model left out
 PARTS = (LOOKING, 0.25, 0.5)  # where the parts after the first begin
 SIGHT = 0.3  # weight of what the encoder sees beside the answers, thereafter
+STATE = "state.safetensors"
 HELD_OUT = 10**9  # added to the seed of validation pictures
 
 
@@ -148,17 +149,14 @@ def validate(model, processor, *, items: int) -> dict[str, float]:
 
 def restore(path: Path, model, sight, parts, average) -> tuple[int, float]:
     """Go on from a saved state: the step reached and the hours spent."""
+    if (old := path.with_suffix(".pt")).exists():
+        raise SystemExit(f"{old} is an earlier version's: finish the run with that version, or delete it")
     if not path.exists():
         return 0, 0.0
-    state = torch.load(path, weights_only=True, map_location="cpu")
-    if state["family"] != model.config.model_type:
-        raise SystemExit(f"{path} is of a {state['family']}: give another --state, or delete it")
-    model.load_state_dict(state["model"])
-    average.load_state_dict(state["average"])
-    sight.load_state_dict(state["sight"])
-    for optimizer, saved in zip(parts, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    return state["step"], state["hours"]
+    if (saved := states.about(path))["family"] != model.config.model_type:
+        raise SystemExit(f"{path} is of a {saved['family']}: give another --state, or delete it")
+    states.read(path, {"model": model, "average": average, "sight": sight}, parts)
+    return saved["step"], saved["hours"]
 
 
 def parse() -> argparse.Namespace:
@@ -198,7 +196,7 @@ def main() -> None:
     parts = optimizers(model, sight, options.learning_rate)
     state.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    step, hours = restore(state / "state.pt", model, sight, parts, average)
+    step, hours = restore(state / STATE, model, sight, parts, average)
     composer = batches.Composer(copy.deepcopy(average).to("meta"), processor)
     note(out, options, model, device)
     drawn = DataLoader(
@@ -249,14 +247,10 @@ def note(out: Path, options: argparse.Namespace, model: nn.Module, device: torch
 
 def save(model, sight, average, processor, parts, step, hours, losses, state, out) -> None:
     """Validate the averaged weights, note it, and write checkpoint and state."""
-    torch.save(
-        {
-            "family": model.config.model_type, "step": step, "hours": hours, "model": model.state_dict(),
-            "average": average.state_dict(), "sight": sight.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in parts],
-        },
-        state / "new.pt",
-    )  # fmt: skip
+    about = {"family": model.config.model_type, "step": step, "hours": hours}
+    states.write(
+        state / "new.safetensors", {"model": model, "average": average, "sight": sight}, parts, about
+    )
     scores = validate(average, processor, items=48)
     architectures.save(average, processor, out)
     loss, right = (float(torch.stack(values).mean()) for values in zip(*losses, strict=True))
@@ -270,7 +264,9 @@ def save(model, sight, average, processor, parts, step, hours, losses, state, ou
             writer.writeheader()
         writer.writerow(row)
     card.write(out)
-    (state / "new.pt").replace(state / "state.pt")  # last: what is noted twice is seen, what is lost is not
+    (state / "new.safetensors").replace(
+        state / STATE
+    )  # last: what is noted twice is seen, what is lost is not
 
 
 if __name__ == "__main__":

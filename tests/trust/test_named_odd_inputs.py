@@ -73,8 +73,8 @@ def test_a_crowd(family):
     row = [part for i in range(number) for part in (Image(side, side, i), 1)]
     _, report, watch = run(family, row)
     assert len(report.pictures) == number
-    first = report.pictures[0]
-    assert {p.final_tokens for p in report.pictures} == {first.final_tokens}
+    left = [p.final_tokens for p in report.pictures]
+    assert max(left) - min(left) <= 1  # LLaVA's packing may revive a patch in one and not in another
     call = watch.language[0]
     text = odd.real_text(tools.build(family), tools.prompt(family, row))[0].nonzero().flatten().tolist()
     assert set(text) <= set(call.stages[-1].positions[0].tolist()), "what stands between them stays"

@@ -1,0 +1,135 @@
+"""What illava runs, loads and depends on: nothing that came as data is ever run."""
+
+import ast
+import re
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10, where pytest brings it along
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = sorted((ROOT / "illava").rglob("*.py"))
+TOOLS = [path for folder in ("benchmarks", "examples") for path in sorted((ROOT / folder).rglob("*.py"))]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+UNPICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+OUTWARD = {"urllib", "http", "socket", "requests", "httpx", "aiohttp", "huggingface_hub", "ftplib"}
+PROCESSES = {"subprocess", "os.system", "os.popen", "pty"}
+
+
+def found(path):
+    """Names of modules imported, functions called by their dotted names, and keywords given."""
+    imported, called, keywords = set(), set(), {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+        elif isinstance(node, ast.Call):
+            called.add(ast.unparse(node.func))
+            keywords |= {k.arg: ast.unparse(k.value) for k in node.keywords}
+    roots = imported | {name.split(".")[0] for name in imported}
+    return roots, called, keywords
+
+
+@pytest.mark.claim(
+    "Safety", "trust_remote_code", "works", "illava's code and tools never set it (syntax tree)"
+)
+@pytest.mark.parametrize("path", PACKAGE + TOOLS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_code_from_elsewhere_is_never_asked_for(path):
+    assert "trust_remote_code" not in found(path)[2]
+    spoken = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)]
+    assert "trust_remote_code" not in [n.value for n in spoken], "not in a dict of arguments, either"
+
+
+@pytest.mark.claim(
+    "Safety", "pickle, eval, exec", "works", "illava's code and tools use none of them (syntax tree)"
+)
+@pytest.mark.parametrize("path", PACKAGE + TOOLS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_that_came_as_data_is_run(path):
+    imported, called, keywords = found(path)
+    assert not imported & UNPICKLING
+    assert not called & {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "yaml.load"}
+    assert keywords.get("allow_pickle", "False") == "False"
+    assert keywords.get("weights_only", "True") == "True"
+
+
+@pytest.mark.claim("Safety", "network and processes", "works", "the package opens none (syntax tree)")
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_package_talks_to_nobody(path):
+    imported, called, _ = found(path)
+    assert not imported & (OUTWARD | PROCESSES)
+    assert not called & PROCESSES
+
+
+def test_the_rules_above_notice(tmp_path):
+    path = tmp_path / "bad.py"
+    path.write_text(
+        "import pickle\nfrom urllib import request\neval('1')\nf(trust_remote_code=True)\ntorch.load(x)\n"
+    )
+    imported, called, keywords = found(path)
+    assert {"pickle", "urllib"} <= imported
+    assert {"eval", "torch.load"} <= called
+    assert keywords["trust_remote_code"] == "True"
+
+
+# ---------------------------------------------------------------- dependencies
+
+
+def bounds(requirement):
+    return {s.operator: Version(s.version) for s in Requirement(requirement).specifier}
+
+
+@pytest.mark.claim(
+    "Supply", "dependencies are bounded", "works", "pyproject names both ends; .ci/run installs both"
+)
+@pytest.mark.parametrize("requirement", PROJECT["dependencies"])
+def test_every_dependency_has_both_ends_and_ci_proves_them(requirement):
+    """The upper end is the newest that pip finds, which CI's first environment gets; the lower is pinned."""
+    own, name = bounds(requirement), Requirement(requirement).name
+    assert set(own) == {">=", "<"}, "a lower bound and an upper one"
+    pinned = dict(re.findall(r'"([a-z]+)==([\d.]+)"', (ROOT / ".ci/run").read_text()))
+    assert Version(pinned[name]) == own[">="]
+    assert own[">="] <= Version(metadata.version(name)) < own["<"]
+
+
+# Licences that let a user do with illava what its own (Apache-2.0) lets them. NVIDIA's wheels, which the CUDA
+# build of torch brings along, are proprietary: free to use, not to pass on.
+FREE = r"MIT|BSD|Apache|PSF|Python Software Foundation|ISC|MPL|Mozilla|Unlicense|Zlib|CNRI|HPND|0BSD"
+
+
+def closure(names):
+    """Everything that installing these without extras brings along, here."""
+    seen, queue = set(), list(names)
+    while queue:
+        requirement = Requirement(queue.pop())
+        name = requirement.name.lower().replace("_", "-")
+        marker = requirement.marker
+        if name in seen or (marker and not marker.evaluate(default_environment() | {"extra": ""})):
+            continue
+        seen.add(name)
+        queue += metadata.requires(name) or []
+    return sorted(seen)
+
+
+def licence(name):
+    about = metadata.metadata(name)
+    said = [about.get("License-Expression") or "", (about.get("License") or "")[:300]]
+    return " ".join([*said, *(c for c in about.get_all("Classifier") or [] if c.startswith("License"))])
+
+
+@pytest.mark.claim("Supply", "licences", "works", "of everything that `pip install illava` brings (metadata)")
+def test_licences_of_everything_that_comes_along():
+    names = closure(PROJECT["dependencies"])
+    assert {"torch", "transformers", "rich", "safetensors", "tokenizers", "numpy"} <= set(names)
+    others = {name: licence(name) for name in names if not re.search(FREE, licence(name), re.IGNORECASE)}
+    unknown = {name: said for name, said in others.items() if not name.startswith(("nvidia-", "cuda-"))}
+    assert not unknown, "not known to be free: look, and say so here"
