@@ -26,11 +26,10 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import illava  # noqa: E402
 from readers import architectures, batches, card, states, tasks  # noqa: E402
 from readers.batches import Kind  # noqa: E402
 from readers.sight import Sight  # noqa: E402
-
-import illava  # noqa: E402
 
 # Kinds of batches, and how often each is drawn in each part of a run.
 KINDS = {
