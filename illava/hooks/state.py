@@ -38,7 +38,8 @@ class State:
         encoded: encoder calls no report has told of yet.
         visual: which tokens of the coming language model call are visual.
         language: the language model call under way.
-        hidden_states: what the language model call put back at the caller's length.
+        recorded: hidden states and attention weights that the language model call put back at the
+            caller's length.
         prompt: the caller's position where the prompt ends that `generate` is answering.
         joining: whether a method of the model's own is joining pictures and text right now.
     """
@@ -53,7 +54,7 @@ class State:
         self.encoded: ContextVar[deque[EncoderRecord] | None] = ContextVar("illava_encoded", default=None)
         self.visual: ContextVar[VisualInput | None] = ContextVar("illava_visual", default=None)
         self.language: ContextVar[LanguageCall | None] = ContextVar("illava_language", default=None)
-        self.hidden_states: ContextVar[Any] = ContextVar("illava_hidden_states", default=None)
+        self.recorded: ContextVar[dict[str, Any] | None] = ContextVar("illava_recorded", default=None)
         self.prompt: ContextVar[int | None] = ContextVar("illava_prompt", default=None)
         self.joining: ContextVar[bool] = ContextVar("illava_joining", default=False)
 
