@@ -38,7 +38,7 @@ class LanguageCall:
         past: tokens of the caller already in the cache.
         implementation: the attention implementation the user chose.
         plan_id: tells one handle's merges from another's in a cache.
-        records: whether the caller wants every layer's output.
+        wanted: what the caller wants of every layer, `output_hidden_states` and `output_attentions`.
         prompt: the caller's position where the prompt of `generate` ends, if known. Behind it stand guesses
             of assisted decoding or, without a cache, the answer so far. They ask about no picture, or what
             survives would depend on them.
@@ -54,12 +54,13 @@ class LanguageCall:
         past: int,
         implementation: str,
         plan_id: int,
-        records: bool = False,
+        wanted: frozenset[str] = frozenset(),
         prompt: int | None = None,
     ) -> None:
         self.settings, self.implementation, self.plan_id = plan.settings, implementation, plan_id
         self.scored_at = plan.scored_at
-        self.records, self.outputs = records, {}  # type: bool, dict[int, Tensor]
+        self.wanted = wanted
+        self.outputs: dict[int, Tensor] = {}
         self.additions: dict[int, Tensor] = {}
         self.visual, self.padding_mask, self.past = visual, padding_mask, past
         self.length, self.dtype = embeds.shape[1], embeds.dtype
@@ -69,6 +70,7 @@ class LanguageCall:
         self._rotation: tuple[Tensor, Tensor] | None = None
         self._inputs: Tensor | None = None
         self.grids: Sequence[tuple[int, int, int]] = ()  # of each segment, as the report tells
+        self.weighed: dict[int, Tensor] = {}  # `[B, K]` positions of the keys a layer attends to
         self.counts: list[list[int]] = []  # slots per segment, one entry per stage
         self._scores: dict[int, Scores] = {}
         self._masks: dict[Any, Tensor | None] = {}
@@ -195,6 +197,10 @@ class LanguageCall:
         self.attending, self._keys = layer, self._key_positions(self.stage(layer), cached)
         self._rotation = rotation
 
+    def record_keys(self, layer: int, cached: sequence.MergedLayer | None) -> None:
+        """Remember whom `layer`'s attention weights, which the caller wants, are about."""
+        self.weighed[layer] = self._key_positions(self.stage(layer), cached)
+
     def padding(self, layer: int) -> Tensor | None:
         """`[B, n]` which slots `layer` is given are real, for a layer that needs no other mask."""
         stage = self.stage(layer)
@@ -284,7 +290,7 @@ class LanguageCall:
             hidden = hidden + addition.to(hidden)
         if self.merges_at(layer):
             hidden = self.merge(layer, hidden)
-        if self.records:
+        if "output_hidden_states" in self.wanted:
             self.outputs[layer] = hidden
         return hidden
 
@@ -334,3 +340,17 @@ class LanguageCall:
         if min(stage.row_lengths) == self.length:
             return x
         return sequence.expand_rows(x, stage.positions - self.past, self.length)
+
+    def leave_weights(self, weights: Tensor | None, layer: int) -> Tensor | None:
+        """`layer`'s attention weights, back at the caller's length: `[B, H, n, K]` to `[B, H, L, past + L]`.
+
+        Nobody looks at a token merged away, and it looks at nobody: zero.
+        """
+        if weights is None:
+            return None
+        heads, queries = weights.shape[1:3]
+        by_key = weights.permute(0, 3, 1, 2).flatten(2)  # [B, K, H*n]
+        wide = sequence.expand_rows(by_key, self.weighed[layer], self.past + self.length)
+        wide = wide.unflatten(2, (heads, queries)).permute(0, 3, 2, 1)  # [B, n, H, past + L]
+        full = sequence.expand_rows(wide.flatten(2), self.stage(layer).positions - self.past, self.length)
+        return full.unflatten(2, (heads, -1)).transpose(1, 2)

@@ -17,6 +17,8 @@ from illava.report import build_report
 from illava.rotary import rotation
 from illava.vision import is_dead
 
+RECORDED = ("output_hidden_states", "output_attentions")
+
 
 class LanguageHooks:
     """Hooks take and return what torch's do."""
@@ -47,22 +49,23 @@ class LanguageHooks:
     def leave_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         self.state.visual.set(None)
         self.state.left.set(())
-        return self.restore_hidden_states(output)
+        return self.restore_recorded(output)
 
-    def restore_hidden_states(self, output: Any) -> Any:
+    def restore_recorded(self, output: Any) -> Any:
         """4.57 records layers' outputs once more for the modules around the language model."""
-        if getattr(output, "hidden_states", None) is not None and (full := self.state.hidden_states.get()):
-            output.hidden_states = full
+        for name, full in (self.state.recorded.get() or {}).items():
+            if getattr(output, name, None) is not None:
+                setattr(output, name, full)
         return output
 
     def leave_outermost(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        output = self.restore_hidden_states(output)
-        self.state.hidden_states.set(None)
+        output = self.restore_recorded(output)
+        self.state.recorded.set(None)
         return output
 
     def enter_language(self, module: Any, args: Any, kwargs: Any) -> Any:
         self.state.language.set(None)
-        self.state.hidden_states.set(None)
+        self.state.recorded.set(None)
         if self.state.vision.get() is not None:  # interrupted in there, and called without its model now
             self.state.vision.set(None)
             self.state.visual.set(None)
@@ -84,7 +87,7 @@ class LanguageHooks:
             self.state.plan, self.seams, embeds, visual,
             mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None,
             past, module.config._attn_implementation, self.state.number,
-            records=call_args.get("output_hidden_states") not in (None, False),
+            wanted=frozenset(name for name in RECORDED if self._wanted(module, call_args, name)),
             prompt=self.state.prompt.get(),
         )  # fmt: skip
         if visual is not None:
@@ -126,6 +129,11 @@ class LanguageHooks:
         with self.state.answering(next(lengths, None)):  # the mask comes first: it covers a cache, too
             return own(*args, **kwargs)
 
+    def _wanted(self, module: Any, call_args: Any, name: str) -> bool:
+        """Whether the caller, or else the config, wants what every layer gives."""
+        own = call_args.get(name)
+        return bool(getattr(module.config, name, False) if own is None else own)
+
     def _no_mask(self, embeds: torch.Tensor) -> Any:
         """Keeps Hugging Face from making a mask of the caller's length: a mask it takes for ready."""
         if len(self.seams.scoring_layers) < len(self.seams.layers):
@@ -159,6 +167,8 @@ class LanguageHooks:
             )
         kwargs["position_ids"] = None  # gaps in them would be taken for packed sequences
         kwargs["attention_mask"] = call.mask(number, cached) if scores else call.padding(number)
+        if "output_attentions" in call.wanted:
+            call.record_keys(number, cached)
         if call.scores_at(number):
             call.begin_attention(number, cached, self._rotation(kwargs))
         if cached is not None:
@@ -182,9 +192,14 @@ class LanguageHooks:
         if isinstance(output, tuple):
             return (call.leave(output[0], depth), *output[1:])
         output.last_hidden_state = call.leave(output.last_hidden_state, depth)
+        recorded: dict[str, Any] = {}
+        if getattr(output, "attentions", None) is not None:
+            output.attentions = tuple(call.leave_weights(x, i) for i, x in enumerate(output.attentions))
+            recorded["attentions"] = output.attentions
         if output.hidden_states is not None:
             seen = [call.outputs.get(i - 1, x) for i, x in enumerate(output.hidden_states[:-1])]
             inner = [None if x is None else call.leave(x, i) for i, x in enumerate(seen)]
             output.hidden_states = (*inner, output.last_hidden_state)
-            self.state.hidden_states.set(output.hidden_states)
+            recorded["hidden_states"] = output.hidden_states
+        self.state.recorded.set(recorded)
         return output

@@ -82,7 +82,8 @@ class State(OfOneModel):
         encoded: encoder calls no report has told of yet.
         visual: which tokens of the coming language model call are visual.
         language: the language model call under way.
-        hidden_states: what the language model call put back at the caller's length.
+        recorded: hidden states and attention weights that the language model call put back at the
+            caller's length.
         prompt: the caller's position where the prompt ends that `generate` is answering.
         joining: whether a method of the model's own is joining pictures and text right now.
     """
@@ -97,7 +98,7 @@ class State(OfOneModel):
         self.encoded: Slot[deque[EncoderRecord] | None] = Slot(None)
         self.visual: Slot[VisualInput | None] = Slot(None)
         self.language: Slot[LanguageCall | None] = Slot(None)
-        self.hidden_states: Slot[Any] = Slot(None)
+        self.recorded: Slot[dict[str, Any] | None] = Slot(None)
         self.prompt: Slot[int | None] = Slot(None)
         self.joining: Slot[bool] = Slot(False)
 
