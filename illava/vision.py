@@ -70,7 +70,9 @@ class VisionCall:
         implementation: str,
         records: bool = False,
     ) -> None:
-        self.settings, self.seams, self.layout = plan.settings, seams, layout
+        self.settings, self.layout = plan.settings, layout
+        # Not `seams`: a call that was interrupted waits in its thread's context, and must not keep the model.
+        self.full_attention_blocks, self.dead_rows = seams.full_attention_blocks, seams.dead_rows
         sides = [layout.frame_units[i] for i in _first_frames(layout.grids)]
         self.schedules: list[SegmentSchedule] = [
             plan.segment(t, units) for (t, _, _), units in zip(layout.grids, sides, strict=True)
@@ -112,7 +114,7 @@ class VisionCall:
     def begin_attention(self, block: int, cu_seqlens: Tensor | None) -> None:
         """Announce that `block`'s attention runs next; it is handed all its spans at once."""
         stage = self.stage(block)
-        if cu_seqlens is None or block in self.seams.full_attention_blocks:
+        if cu_seqlens is None or block in self.full_attention_blocks:
             cu_seqlens = None
         self._spans = stage.spans(cu_seqlens)
         self.attending = block
@@ -149,7 +151,7 @@ class VisionCall:
     ) -> merge.Merge:
         stage = self.stage(block)
         counts, members = stage.frame_counts, stage.members.to(q.device)
-        windowed = block not in self.seams.full_attention_blocks
+        windowed = block not in self.full_attention_blocks
         if windowed and self.settings.window_score == "picture":
             spans = Spans.from_lengths(stage.frame_tokens, q.device)
             lse = varlen_log_sum_exp(q, k, spans, scale=scale)
@@ -225,7 +227,7 @@ class VisionCall:
             x: `[N, d]` or `[rows, width, d]`.
         """
         rows = stage.pack(x) if x.ndim == 3 else x  # [N, d]
-        full = rows.new_full((stage.layout.total_tokens, rows.shape[1]), self.seams.dead_rows)
+        full = rows.new_full((stage.layout.total_tokens, rows.shape[1]), self.dead_rows)
         full = full.index_copy(0, stage.tokens.to(rows.device), rows)
         if x.ndim == 2:
             return full
