@@ -100,5 +100,5 @@ def refuse_presses(attentions: Iterable[nn.Module]) -> None:
                 raise UnsupportedInputError(
                     f"kvpress' {press.__name__} is attached to a model that illava has patched: it takes a "
                     "merged prompt for decoding and would leave the cache as it is. Use one of the two: "
-                    "illava shrinks the cache as well (handle.report), or leave illava's handle removed"
+                    "leave the press out (illava shortens the cache as well), or call handle.remove() first"
                 )

@@ -68,7 +68,9 @@ class VisionCall:
         implementation: str,
         records: bool = False,
     ) -> None:
-        self.settings, self.seams, self.layout, self.depth = plan.settings, seams, layout, plan.vit_depth
+        self.settings, self.layout, self.depth = plan.settings, layout, plan.vit_depth
+        # Not `seams`: a call that was interrupted waits in its thread's context, and must not keep the model.
+        self.full_attention_blocks, self.dead_rows = seams.full_attention_blocks, seams.dead_rows
         sides = [layout.frame_units[i] for i in _first_frames(layout.grids)]
         self.schedules: list[SegmentSchedule] = [
             plan.segment(t, units) for (t, _, _), units in zip(layout.grids, sides, strict=True)
@@ -118,7 +120,7 @@ class VisionCall:
     def begin_attention(self, block: int, cu_seqlens: Tensor | None) -> None:
         """Announce that `block`'s attention runs next; it is handed all its spans at once."""
         stage = self.stage(block)
-        if cu_seqlens is None or block in self.seams.full_attention_blocks:
+        if cu_seqlens is None or block in self.full_attention_blocks:
             cu_seqlens = None
         self._spans = stage.spans(cu_seqlens)
         self.attending = block
@@ -155,7 +157,7 @@ class VisionCall:
         self, block: int, q: Tensor, k: Tensor, lse: Tensor, spans: Spans, scale: float, channels: int
     ) -> None:
         """Keep `block`'s attention for the merge that reads it."""
-        if self.settings.window_score == "picture" and block not in self.seams.full_attention_blocks:
+        if self.settings.window_score == "picture" and block not in self.full_attention_blocks:
             spans = Spans.from_lengths(self.stage(block).frame_tokens, q.device)
             lse = varlen_log_sum_exp(q, k, spans, scale=scale)
         self._seen[block] = BlockAttention(q, k, lse, spans, scale, channels)
@@ -244,7 +246,7 @@ class VisionCall:
             x: `[N, d]` or `[rows, width, d]`.
         """
         rows = stage.pack(x) if x.ndim == 3 else x  # [N, d]
-        full = rows.new_full((stage.layout.total_tokens, rows.shape[1]), self.seams.dead_rows)
+        full = rows.new_full((stage.layout.total_tokens, rows.shape[1]), self.dead_rows)
         full = full.index_copy(0, stage.tokens.to(rows.device), rows)
         if x.ndim == 2:
             return full

@@ -105,7 +105,8 @@ class LanguageHooks:
         sequence.check_cache(cache)
         positions = call_args.get("position_ids")
         refuse_checkpointing(module)
-        refuse_presses(getattr(self.seams.layers[i], self.seams.layer_attention) for i in self.scoring)
+        if visual is not None:
+            refuse_presses(getattr(self.seams.layers[i], self.seams.layer_attention) for i in self.scoring)
         refuse_unserved(mask, positions if visual is not None else None, embeds.shape[0])
         if positions is None:
             positions = torch.arange(past, past + call.length, device=embeds.device).expand(
