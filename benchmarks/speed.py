@@ -62,7 +62,8 @@ def plan_work(
     first, work = main_cases(cases), []
     for case in cases:
         smaller = MODELS[case.model].smaller is not None
-        arms = arms_of(case, options.reductions, options.rivals, options.rivals_at, smaller)
+        windows = MODELS[case.model].family == "qwen" and not case.attn.startswith("flash")
+        arms = arms_of(case, options.reductions, options.rivals, options.rivals_at, smaller, windows)
         if options.brief and case not in first:
             arms = [Arm(OURS, r) for r in options.rivals_at]
         arms = [arm for arm in arms if not rows.done(_key(setting, case, arm, options))]

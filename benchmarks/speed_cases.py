@@ -20,6 +20,7 @@ from illava.families.seams import Seams
 
 OURS, EARLY = "illava", "illava early"
 SMALLER_PICTURE, SMALLER_MODEL = "smaller picture", "smaller model"
+WINDOWS, WINDOWS_MERGING = "fast windows", "illava, fast windows"
 EARLY_SHARE = 0.8
 # Measured first: the sizes, contents and batches that the README speaks of.
 TOKENS_FIRST = (4096, 16384, 1024, 256)
@@ -70,6 +71,8 @@ RIVALS = {
         "next most important and take in 5 by attention (recycled = 10/64) where it takes every nth and "
         "joins all others by the keys' likeness; merge units instead of patches, attention instead of CLS's.",
     ),
+    WINDOWS: Rival("fast_windows=True alone: every token, all windows of a block in one call"),
+    WINDOWS_MERGING: Rival("illava with fast_windows=True"),
     SMALLER_PICTURE: Rival("unpatched, a picture of as many tokens as the plan leaves"),
     SMALLER_MODEL: Rival("unpatched, the next smaller model of the family, the whole picture"),
 }  # fmt: skip
@@ -111,11 +114,15 @@ class Arm:
     def patches(self) -> bool:
         return self.name not in (SMALLER_PICTURE, SMALLER_MODEL)
 
+    @property
+    def fast_windows(self) -> bool:
+        return self.name in (WINDOWS, WINDOWS_MERGING)
+
 
 def plan_of(arm: Arm, seams: Seams) -> illava.Plan:
     """The plan behind an arm, for one model."""
     r, blocks, layers = arm.reduction, len(seams.blocks), len(seams.layers)
-    if arm.name == OURS:
+    if arm.name in (OURS, WINDOWS, WINDOWS_MERGING):
         return illava.Plan(reduction=r)
     if arm.name == EARLY:
         first = {"vit_layers": seams.vit_default[:1], "llm_layers": seams.llm_default[:1]}
@@ -186,12 +193,18 @@ def arms_of(
     rivals: Sequence[str],
     rivals_at: Sequence[float],
     has_smaller: bool,
+    has_windows: bool,
 ) -> list[Arm]:
-    """The arms of a case: ours at every reduction, rivals at some; pictures alone can be made smaller."""
+    """The arms of a case: ours at every reduction, rivals at some; pictures alone can be made smaller, and
+    windows alone be run together."""
     arms = [Arm(OURS, r) for r in reductions]
     for name in rivals:
         if name == SMALLER_MODEL:
             arms += [Arm(name, 0.0)] if has_smaller else []
+        elif name == WINDOWS:
+            arms += [Arm(name, 0.0)] if has_windows else []
+        elif name == WINDOWS_MERGING and not has_windows:
+            continue
         elif name != SMALLER_PICTURE or case.shown.content == "picture":
             arms += [Arm(name, r) for r in rivals_at]
     return arms

@@ -75,7 +75,8 @@ class Trial:
         """The model patched, if this arm patches it."""
         if self.side is None or self.plan is None:
             return nullcontext()
-        return illava.patch(self.side.model, plan=self.plan)
+        fast_windows = self.arm is not None and self.arm.fast_windows
+        return illava.patch(self.side.model, plan=self.plan, fast_windows=fast_windows)
 
 
 class Models:

@@ -11,13 +11,26 @@ import pytest
 import torch
 import transformers
 from prefill_models import build_config, build_model
-from speed_cases import EARLY, OURS, RIVALS, SMALLER_MODEL, Arm, all_cases, arms_of, plan_of
+from speed import plan_work
+from speed_cases import (
+    EARLY,
+    OURS,
+    RIVALS,
+    SMALLER_MODEL,
+    WINDOWS,
+    WINDOWS_MERGING,
+    Arm,
+    all_cases,
+    arms_of,
+    plan_of,
+)
 from speed_figures import cache_arithmetic, figures, peak_arithmetic, widths
 from speed_inputs import CONTENTS, Shown, rectangle, show
 from speed_measure import Peak, Side
 from speed_models import MODELS
+from speed_options import parse
 from speed_ranges import Clock, Ranges
-from speed_rows import COLUMNS, KEY, OK, OOM, Rows, figure, identity
+from speed_rows import COLUMNS, KEY, OK, OOM, Rows, environment, figure, identity
 from speed_run import Models, Settings, Trial, run_case
 from speed_show import NOT_MEASURED, TARGETS, markdown
 
@@ -134,6 +147,17 @@ def test_the_early_plan_allows_four_times():
     assert bound(illava.Plan.paper(0.889), 16384) == pytest.approx(2.5, abs=0.05)
 
 
+@pytest.mark.parametrize(("model", "attn", "has"), [
+    ("qwen2.5-vl-7b", "sdpa", True), ("qwen2.5-vl-7b", "flash_attention_2", False),
+    ("internvl2.5-8b", "sdpa", False),
+])  # fmt: skip
+def test_windows_are_run_together_where_a_loop_runs_them(model, attn, has, tmp_path):
+    options = parse(["--models", model, "--contents", "picture", "--tokens", "256", "--batches", "1"])
+    options.attn = [attn]
+    ((_, arms),) = plan_work(options, Rows(tmp_path / "x.csv"), environment("cpu", "float32", "reduced"))
+    assert (Arm(WINDOWS, 0.0) in arms, Arm(WINDOWS_MERGING, 0.889) in arms) == (has, has)
+
+
 @pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "internvl2.5-26b", "llava-onevision-7b"])
 def test_every_arm_runs_and_leaves_as_many_tokens(name):
     model = build(name)
@@ -141,12 +165,17 @@ def test_every_arm_runs_and_leaves_as_many_tokens(name):
     batch = shown_to(model, name, "picture", tokens)
     side = Side(model, batch, "cpu")
     for arm in arms_of(all_cases([name], ["sdpa"], ["picture"], [tokens], [1], 1, 1)[0],
-                       [0.889], [*RIVALS], [0.889], False):  # fmt: skip
+                       [0.889], [*RIVALS], [0.889], False, MODELS[name].family == "qwen"):  # fmt: skip
         if not arm.patches:
             continue
-        with illava.patch(model, plan=plan_of(arm, side.seams)) as handle:
+        plan = plan_of(arm, side.seams)
+        with illava.patch(model, plan=plan, fast_windows=arm.fast_windows) as handle:
             result = side.prefill()
             report = handle.report
+        if arm.name == WINDOWS:
+            assert report is None, "nothing merges"
+            assert 0 < result.encoder_ms < result.ttft_ms
+            continue
         assert report.tokens == batch.tokens, arm
         slack = 8 if MODELS[name].family == "llava" else 3  # packing revives some
         if not (MODELS[name].family == "llava" and arm.name in ("encoder only", "VisionZip")):
