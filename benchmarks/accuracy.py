@@ -27,9 +27,10 @@ import torch
 from accuracy_ablations import GROUPS, PLANS
 from accuracy_measure import BUDGETS, Cell, Reader, load, measure, pack, ready, versions
 from accuracy_show import BEGIN, END, plots, readme_block, tables
-from readers import tasks
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from readers import tasks
 from rivals import RIVALS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from readers import architectures, batches, tasks
-from readers.tasks import Item
-from rivals import RIVALS, Rival, area, match_compute
 from torch import nn
 
 import illava
 from illava import Plan
+from readers import architectures, batches, tasks
+from readers.tasks import Item
+from rivals import RIVALS, Rival, area, match_compute
 
 UNIT_PX = architectures.UNIT
 PER_PASS = {"several": 8, "video": 8}  # items of one batch; others 16

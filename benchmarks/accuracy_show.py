@@ -8,9 +8,10 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from accuracy_measure import unpack
-from readers import tasks
 from rich.console import Console
 from rich.table import Table
+
+from readers import tasks
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

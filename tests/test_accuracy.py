@@ -9,6 +9,7 @@ import torch
 from accuracy_ablations import PLANS
 from accuracy_measure import Cell, load, measure, pack, ready, unpack
 from accuracy_show import readme_block
+
 from readers import tasks
 
 ROOT = Path(__file__).parent.parent

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accuracy_show import kept, wilson
+
 from readers import architectures, batches, material, scenes, tasks
 from readers.batches import Kind
 

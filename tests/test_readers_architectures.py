@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from readers import architectures
 
 import illava
+from readers import architectures
 
 WORDS = ["what", "which", "digit", "is", "red", "the", "three", "seven", "nothing", "?", "what"]
 FAMILIES = pytest.mark.parametrize("family", architectures.FAMILIES)

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from readers import states
 from safetensors import safe_open
 from torch import nn
+
+from readers import states
 
 
 def begin():

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image as PIL
+
+import illava.candidates
+from contract import tools
 from rivals import ABSENT, RIVALS, area, match_compute
 from rivals import aim as aim_file
 from rivals.common import seams_of
 from rivals.smaller_picture import size_of
-
-import illava.candidates
-from contract import tools
 from zoo.common import Image
 
 FAMILIES = ("qwen2_5_vl", "internvl")

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from readers import material, tasks
 from readers.architectures import TILE, UNIT
 from readers.tasks import Item, Question
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ encoder to see within minutes, where answers alone take hours, and is left out o
 from __future__ import annotations
 
 import torch
-from readers import material, scenes
 from torch import Tensor, nn
+
+from readers import material, scenes
 
 NAMES = 1 + len(material.NUMBERS) + len(material.SHAPES)
 COLOURS = 1 + len(material.COLOURS)

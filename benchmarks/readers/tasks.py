@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
 from readers import material, scenes
 from readers.scenes import Scene, Thing
 
