@@ -6,6 +6,7 @@ them, which on a GPU would wait for it, fails here. Copies to the device must no
 
 import pytest
 import torch
+from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,6 +34,8 @@ class NoBlockingCopies(TorchDispatchMode):
 
 @pytest.fixture
 def device(monkeypatch):
+    if Version(torch.__version__) < Version("2.7"):
+        pytest.skip("torch 2.6 asks CUDA's driver about tensors that only claim to live on a device")
     # Kernels cannot run on tensors without data; what calls them is what is looked at here.
     monkeypatch.setattr(column_sums, "_has_triton", lambda: False)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, NoBlockingCopies():
