@@ -47,9 +47,14 @@ def check_flat(turn, turns: int = 12) -> None:
 
 
 def test_one_leaked_object_a_turn_would_be_seen():
-    for make, name in ((lambda: torch.zeros(1), "Tensor"), (lambda: {"a": []}, "dict"), (lambda: [0], "list")):
+    for make, name in (
+        (lambda: torch.zeros(1), "Tensor"),
+        (lambda: {"a": []}, "dict"),
+        (lambda: [0], "list"),
+    ):
         leak = []
-        assert growth(lambda make=make, leak=leak: leak.append(make()), 12)[name] >= 12
+        left = growth(lambda make=make, leak=leak: leak.append(make()), 12)
+        assert left[name] >= 10  # one or two of anybody's may go meanwhile
 
 
 def patch_and_remove(model, family, inputs):
