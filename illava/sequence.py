@@ -149,6 +149,24 @@ def check_cache(cache: Any) -> None:
         )
 
 
+def check_whole(cache: Any, depth: int) -> None:
+    """Refuse a merged cache whose layers have not seen the same tokens.
+
+    Raises:
+        CacheError: a call that failed midway has filled some of its `depth` layers, and not the others.
+    """
+    kinds = (DynamicLayer, MergedLayer)
+    seen = {layer.get_seq_length() for layer in cache.layers if type(layer) in kinds}
+    if len(cache.layers) < depth:
+        seen.add(0)
+    if len(seen) > 1:
+        raise CacheError(
+            f"the layers of this cache have seen between {min(seen)} and {max(seen)} tokens: a call that "
+            "failed midway has left it half filled. Start with a new cache, or go on from a copy made "
+            "before that call (copy.deepcopy)"
+        )
+
+
 def cache_layer(cache: Any, layer: int, batch: int, device: torch.device) -> MergedLayer:
     """The cache's layer, turned into a `MergedLayer` in place if it is not one yet."""
     while len(cache.layers) <= layer:

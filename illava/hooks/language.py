@@ -76,6 +76,8 @@ class LanguageHooks:
         merged = sequence.is_merged(cache)
         if visual is None and not merged:
             return None
+        if merged:
+            sequence.check_whole(cache, len(self.seams.layers))
         embeds = call_args.get("inputs_embeds")
         if embeds is None:
             embeds = module.get_input_embeddings()(call_args.pop("input_ids"))

@@ -20,11 +20,20 @@ CODE = os.path.dirname(illava.__file__) + os.sep
 # Where in a module's call: hooks of somebody else's, ahead of illava's and behind them, and `forward` itself.
 WHERE = ("before, first", "before, last", "inside", "after, first", "after, last")
 
-# The others run with `-m slow`.
+# Two by default, and one more of each other code path with `-m slow`; what shares its code with one of these
+# runs with `-m soak`.
+SLOW = ("qwen3_vl", "llava_next", "minicpmv4_6")
 some_families = pytest.mark.parametrize(
     "family",
     [
-        pytest.param(name, marks=[] if name in ("qwen2_5_vl", "internvl") else pytest.mark.slow)
+        pytest.param(
+            name,
+            marks=[]
+            if name in ("qwen2_5_vl", "internvl")
+            else pytest.mark.slow
+            if name in SLOW
+            else pytest.mark.soak,
+        )
         for name in tools.zoo.FAMILIES
     ],
 )

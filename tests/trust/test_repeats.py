@@ -53,7 +53,8 @@ def test_one_leaked_object_a_turn_would_be_seen():
         (lambda: [0], "list"),
     ):
         leak = []
-        assert growth(lambda make=make, leak=leak: leak.append(make()), 12)[name] >= 10  # others come and go
+        left = growth(lambda make=make, leak=leak: leak.append(make()), 12)
+        assert left[name] >= 10  # one or two of anybody's may go meanwhile
 
 
 def patch_and_remove(model, family, inputs):
