@@ -200,9 +200,12 @@ class LanguageHooks:
             output.attentions = tuple(call.leave_weights(x, i) for i, x in enumerate(output.attentions))
             recorded["attentions"] = output.attentions
         if output.hidden_states is not None:
-            seen = [call.outputs.get(i - 1, x) for i, x in enumerate(output.hidden_states[:-1])]
+            # A caller who asks for some layers alone gets None for the others, here as there.
+            asked = list(enumerate(output.hidden_states[:-1]))
+            seen = [None if x is None else call.outputs.get(i - 1, x) for i, x in asked]
             inner = [None if x is None else call.leave(x, i) for i, x in enumerate(seen)]
-            output.hidden_states = (*inner, output.last_hidden_state)
+            last = None if output.hidden_states[-1] is None else output.last_hidden_state
+            output.hidden_states = (*inner, last)
             recorded["hidden_states"] = output.hidden_states
         self.state.recorded.set(recorded)
         return output

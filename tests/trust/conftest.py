@@ -38,7 +38,14 @@ def pytest_addoption(parser):
     parser.addoption("--claims", metavar="FILE.csv", help="write what the tests of tests/trust found")
 
 
+# Marks of transformers' own tests (see `peers.py`), which pytest must know to import them.
+FLASH = [f"flash_attn{version}_test" for version in ("", "_2", "_3", "_4")]
+PEERS = ("accelerate_tests", "torch_compile_test", *FLASH)
+
+
 def pytest_configure(config):
+    for mark in PEERS:
+        config.addinivalue_line("markers", f"{mark}: of transformers' own tests")
     if config.getoption("--claims", None):
         config.pluginmanager.register(Claims(config.getoption("--claims")))
 

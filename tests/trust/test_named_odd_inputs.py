@@ -245,7 +245,9 @@ LARGE = {
 @pytest.mark.claim(
     "Odd inputs", "a picture of 16,384 tokens", "works", "one forward: exact counts, nothing N x N"
 )
-@pytest.mark.parametrize("family", LARGE)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.soak if name == "qwen3_vl" else ()) for name in LARGE]
+)
 def test_a_picture_of_16k_tokens(family):
     model = tools.build(family)
     shape, more = LARGE[family]
@@ -267,3 +269,18 @@ def test_a_picture_of_16k_tokens(family):
     assert (picture.tokens, picture.note) == (16384, "")
     assert abs(picture.final_tokens - (1 - tools.DEEP["reduction"]) * 16384) <= 3
     assert tools.held(out.past_key_values)[-1] == text.shape[1] + picture.final_tokens
+
+
+@pytest.mark.skipif(not V5, reason="transformers 4.57 records every layer or none")
+@tools.each_family
+def test_hidden_states_of_some_layers_alone(family):
+    """The others are None, as unpatched: what illava keeps of merging layers is not handed out unasked."""
+    model, inputs = tools.build(family), tools.prompt_of(family, "one picture")
+    some = dict(output_hidden_states=[2])
+    expected = [x is None for x in tools.forward(model, inputs, **some).hidden_states]
+    with tools.patch(model, family, **tools.DEEP):
+        found = tools.forward(model, inputs, **some).hidden_states
+        every = tools.forward(model, inputs, output_hidden_states=True).hidden_states
+    assert [x is None for x in found] == expected
+    for one, other in zip(found, every, strict=True):
+        assert one is None or torch.equal(one, other)

@@ -1,0 +1,52 @@
+"""transformers' own common tests, on models patched as they are made: what passes unpatched passes patched.
+
+They run where `ILLAVA_TRANSFORMERS_SOURCE` names transformers' source (see `peers.py`). "Every merge idle"
+has all hooks at work and removes nothing; at 66.7 % the tests in `NO_LONGER` make no sense any more.
+"""
+
+import pytest
+
+from contract import tools
+from trust import peers
+
+WHY_NOT = peers.why_not()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "it can run"),
+]
+
+CHECKPOINTING = "gradient checkpointing is refused while tokens are merged, with what to do instead"
+# What does not hold of a model that merges, by the name of the test or its beginning.
+NO_LONGER = {
+    "test_enable_input_require_grads_with_gradient_checkpointing": CHECKPOINTING,
+    "test_training_gradient_checkpointing": CHECKPOINTING,
+}
+NAMES = [] if WHY_NOT else peers.names()
+
+
+def unpatched_passes(family, name):
+    if (outcome := peers.run(family, name, None)) != "passed":
+        pytest.skip(f"unpatched: {outcome}")
+
+
+@pytest.mark.claim("transformers' own tests", "every merge idle", "works", "all that pass unpatched pass")
+@pytest.mark.parametrize("name", NAMES)
+@tools.each_family
+def test_as_unpatched_where_nothing_is_removed(family, name):
+    unpatched_passes(family, name)
+    assert peers.run(family, name, tools.NOTHING["every merge idle"]) == "passed"
+
+
+@pytest.mark.claim(
+    "transformers' own tests", "66.7 % removed", "works", "all that pass unpatched, but NO_LONGER"
+)
+@pytest.mark.parametrize("name", NAMES)
+@tools.each_family
+def test_as_unpatched_where_tokens_are_merged(family, name):
+    unpatched_passes(family, name)
+    outcome = peers.run(family, name, tools.MAIN)
+    reason = next((why for start, why in NO_LONGER.items() if name.startswith(start)), None)
+    if reason is None:
+        assert outcome == "passed"
+    else:
+        assert outcome.startswith("failed: illava.errors."), "refused, and not some other error"
