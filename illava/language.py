@@ -82,7 +82,9 @@ class LanguageCall:
             place = torch.arange(self.length, device=embeds.device).expand(rows, -1)
             self.stages = [Stage(0, place + past, place, (self.length,) * rows)]
             return
-        self._enter(plan, embeds, visual, seams.newline)
+        # Read now: an offloaded parameter is there only while its module runs.
+        newline = None if seams.newline is None else getattr(seams.model, seams.newline)
+        self._enter(plan, embeds, visual, newline)
 
     def _enter(self, plan: ModelPlan, embeds: Tensor, visual: VisualInput, newline: Tensor | None) -> None:
         """Find what the encoder left, row by row, and lay out the segments' slots."""

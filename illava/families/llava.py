@@ -48,6 +48,7 @@ def find_seams(model: nn.Module) -> Seams:
     layers = tuple(part(core, "language_model.layers", "to merge after decoder layers"))
     projector = part(core, "multi_modal_projector", "to put survivors back on the full grid")
     packing = tuple(n for n in ("pack_image_features", "apply_pooling") if hasattr(core, n))
+    part(core, "image_newline", "to tell it from features of pictures")
     return Seams(
         model=core,
         tower=tower,
@@ -66,7 +67,7 @@ def find_seams(model: nn.Module) -> Seams:
         llm_default=scale_layers(*LLM_PAPER, len(layers)),
         scoring_layers=frozenset(range(len(layers))),
         packing=packing,
-        newline=part(core, "image_newline", "to tell it from features of pictures"),
+        newline="image_newline",
     )
 
 
