@@ -71,6 +71,7 @@ class VisionCall:
         self.settings, self.layout, self.depth = plan.settings, layout, plan.vit_depth
         # Not `seams`: a call that was interrupted waits in its thread's context, and must not keep the model.
         self.full_attention_blocks, self.dead_rows = seams.full_attention_blocks, seams.dead_rows
+        self.window_patches = seams.window_patches
         sides = [layout.frame_units[i] for i in _first_frames(layout.grids)]
         self.schedules: list[SegmentSchedule] = [
             plan.segment(t, units) for (t, _, _), units in zip(layout.grids, sides, strict=True)
@@ -122,7 +123,7 @@ class VisionCall:
         stage = self.stage(block)
         if cu_seqlens is None or block in self.full_attention_blocks:
             cu_seqlens = None
-        self._spans = stage.spans(cu_seqlens)
+        self._spans = stage.spans(cu_seqlens, self.window_patches)
         self.attending = block
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

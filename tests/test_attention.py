@@ -492,3 +492,12 @@ def test_a_varlen_that_cannot_return_the_log_sum_exp_is_not_chosen(monkeypatch, 
 def test_a_torch_without_the_cpu_kernel_streams(monkeypatch):
     monkeypatch.setattr(torch.ops, "aten", SimpleNamespace())
     assert choose_backend("sdpa", CPU, FULL) == "blocks"
+
+
+def test_spans_whose_lengths_nobody_asks_for():
+    """Boundaries and a bound are enough for a kernel; tables ask for lengths, and leave empty spans out."""
+    spans = Spans.from_cu_seqlens(torch.tensor([0, 4, 4, 9, 10]), longest=6)
+    assert (spans.count, spans.longest, spans.tokens) == (4, 6, None)
+    assert spans.cu_seqlens.tolist() == [0, 4, 4, 9, 10]
+    assert sum(len(index) for index, _ in spans.tables()) == 3
+    assert (spans.lengths, spans.tokens) == ((4, 5, 1), 10)
