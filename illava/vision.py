@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from illava import merge
-from illava.attention import Spans, choose_backend, span_attention, varlen_attention, varlen_log_sum_exp
+from illava.attention import Choices, Spans, span_attention, varlen_attention, varlen_log_sum_exp
 from illava.candidates import Candidates, decide
 from illava.families.layout import Layout
 from illava.families.seams import Seams
@@ -57,6 +57,7 @@ class VisionCall:
         device: of the pixels.
         implementation: the attention implementation the user chose.
         records: whether the caller wants every block's output.
+        choices: how attention statistics are computed.
     """
 
     def __init__(
@@ -67,7 +68,9 @@ class VisionCall:
         device: torch.device,
         implementation: str,
         records: bool = False,
+        choices: Choices | None = None,
     ) -> None:
+        self._choices = Choices() if choices is None else choices
         self.settings, self.layout, self.depth = plan.settings, layout, plan.vit_depth
         # Not `seams`: a call that was interrupted waits in its thread's context, and must not keep the model.
         self.full_attention_blocks, self.dead_rows = seams.full_attention_blocks, seams.dead_rows
@@ -136,7 +139,7 @@ class VisionCall:
         if not self.scores_at(block):
             eager = self.implementation == "eager"
             return stage.unpack(span_attention(q, k, v, spans, scale=scale, eager=eager))
-        self.backend = choose_backend(self.implementation, q.device, q.dtype)
+        self.backend = self._choices(self.implementation, q.device, q.dtype).kernel
         channels = v.shape[-1]
         if self.settings.proportional and stage.sizes is not None:
             q, k, v = weigh(q, k, v, stage.token_sizes(q.device), scale)

@@ -36,7 +36,7 @@ class Spans:
         self.cu_seqlens, self._lengths = cu_seqlens, lengths
         self.count = len(cu_seqlens) - 1
         self.longest = max(self.lengths, default=0) if longest is None else longest
-        self._buckets: list[tuple[Tensor, Tensor | None]] = []
+        self._tables: dict[bool, list[tuple[Tensor, Tensor | None]]] = {}
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], device: torch.device | str) -> Spans:
@@ -63,24 +63,24 @@ class Spans:
         """Of all spans, if the host knows."""
         return None if self._lengths is None else sum(self._lengths)
 
-    def tables(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Spans of like length gathered into padded tables.
+    def tables(self, padded: bool = True) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Spans of like length gathered into padded tables; with `padded=False`, of the same length.
 
         Yields:
             `index` `[s, l]`, the packed place of each token (padding points at a real token), and
             `real` `[s, l]` bool, or `None` when nothing is padded.
         """
-        if not self._buckets:
-            self._buckets.extend(self._build_tables())
-        yield from self._buckets
+        if padded not in self._tables:
+            self._tables[padded] = list(self._build_tables(PADDING_SHARE if padded else 0.0))
+        yield from self._tables[padded]
 
-    def _build_tables(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _build_tables(self, share: float) -> Iterator[tuple[Tensor, Tensor | None]]:
         device = self.cu_seqlens.device
         starts = [*accumulate(self.lengths, initial=0)][:-1]
         spans = sorted(zip(self.lengths, starts, strict=True), reverse=True)
         while spans:
             longest = spans[0][0]
-            shortest = longest * (1 - PADDING_SHARE)
+            shortest = longest * (1 - share)
             size = next((i for i, (n, _) in enumerate(spans) if n < shortest), len(spans))
             table, spans = spans[:size], spans[size:]
             length = on(device, [n for n, _ in table])[:, None]

@@ -33,6 +33,7 @@ class EncoderHooks:
             pixels.device,
             module.config._attn_implementation,
             records=call_args.get("output_hidden_states") not in (None, False),
+            choices=self.state.choices,
         )
         if call.removes:
             refuse_checkpointing(module)
