@@ -67,6 +67,12 @@ class Stage:
             return self.layout.row_tokens
         return max(self.frame_tokens)
 
+    def by_unit(self, x: Tensor) -> Tensor:
+        """`[N, ...]` to `[U, g, ...]`, a view where units stand as they are wanted."""
+        if self.layout.consecutive:
+            return x.unflatten(0, (-1, self.layout.unit_tokens))
+        return x[self.members.to(x.device)]
+
     def pack(self, x: Tensor) -> Tensor:
         """`[rows, width, ...]` to `[N, ...]`, without padding."""
         flat = x.flatten(0, 1)

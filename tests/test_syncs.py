@@ -119,9 +119,10 @@ def test_merging_in_windows(device, monkeypatch, implementation):
         assert spans.longest <= 16
         return torch.empty_like(q), torch.empty(q.shape[:2], device=CUDA)
 
-    def received(q, k, lse, spans, *, scale):
+    def received(q, k, lse, spans, *, scale, unit=1):
+        assert unit == 4, "units stand side by side: the kernel averages over them"
         assert spans.tokens is None
-        return torch.empty(len(q), device=CUDA)
+        return torch.empty(len(q) // unit, device=CUDA)
 
     monkeypatch.setattr(vision, "varlen_attention", attend)
     monkeypatch.setattr(vision_scores, "varlen_attention_received", received)
