@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +26,8 @@ from illava.errors import IllavaError, NoPlanError
 FAILED, NOT_REACHED, STOPPED = 1, 3, 130
 DEBUG = "ILLAVA_DEBUG"
 
-out = Console()
+WIDE = 140  # of tables that go into a file or another program
+out = Console(width=None if sys.stdout.isatty() else WIDE)
 notes = Console(stderr=True, highlight=False)
 
 
