@@ -85,6 +85,11 @@ class Layout:
             return (starts[:, None, None] + within[self.frames[0]]).flatten(0, 1)
         return torch.cat([start + within[size] for start, size in zip(starts, self.frames, strict=True)])
 
+    @property
+    def consecutive(self) -> bool:
+        """Whether units' tokens stand side by side, unit by unit: then nothing need be gathered."""
+        return self.prefix == 0 and (self.side == 1 or not self.raster)
+
     def halved(self) -> Layout:
         """The layout after a module inside the encoder has joined 2 x 2 patches."""
         grids = tuple((t, h // 2, w // 2) for t, h, w in self.grids)
