@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from illava.families.seams import Seams
 from illava.schedule import ModelPlan, SegmentSchedule
 from illava.transfer import on
 from illava.vision_scores import BlockAttention, weigh
-from illava.vision_stage import Stage
+from illava.vision_stage import BlockInputs, Stage
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class VisionCall:
         implementation: the attention implementation the user chose.
         records: whether the caller wants every block's output.
         choices: how attention statistics are computed.
+        plan_id: tells one handle's calls from another's.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class VisionCall:
         implementation: str,
         records: bool = False,
         choices: Choices | None = None,
+        plan_id: int = -1,
     ) -> None:
         self._choices = Choices() if choices is None else choices
         self.settings, self.layout, self.depth = plan.settings, layout, plan.vit_depth
@@ -84,19 +87,42 @@ class VisionCall:
             block: tuple(per_size[size][i] for size in layout.frame_units)
             for i, block in enumerate(plan.vit_layers)
         }
+        self.merging = frozenset(block for block, counts in self.removed.items() if any(counts))
+        # Blocks whose attention a merge reads: a merge at the output of the last block reads that block's.
+        self.scoring = frozenset(min(block, self.depth - 1) for block in self.merging)
+        self.plan_id, self.padded = plan_id, layout.padded
+        self.outer: Any = None  # what was under way around it
+        self.now: BlockInputs | None = None  # of the stage under way; `None` for the first
+        # Whether what follows can be operations of a compiled graph, and their output sizes (`_foresee`).
+        self.traceable = not layout.padded and seams.regrid is None
+        self.sizes: dict[int, Tensor] = {}
         self.implementation = implementation
         self.backend: str | None = None
         units, tokens, members = (
             on(device, x) for x in (torch.arange(layout.total_units), layout.tokens(), layout.members())
         )
         self.stages = [Stage(0, layout, units, tokens, members, layout.frame_units)]
+        self._foresee()
         self.attending: int | None = None
+        self.bounds: Tensor | None = None  # of the spans the attending block was given
         self.merged: dict[int, Tensor] = {}
         self.observed: dict[str, Tensor] = {}
         self.outputs: dict[int, Tensor] | None = {} if records else None
         self._spans: Spans | None = None
         self._seen: dict[int, BlockAttention] = {}
         self._finite: dict[int, Tensor] = {}
+
+    def _foresee(self) -> None:
+        """Sizes after each merge, as the shape of a tensor without elements, which torch.compile lets
+        vary: tokens, tokens of the full grid and one more, rows and their width."""
+        counts, layout = self.stages[0].frame_counts, self.layout
+        for block in sorted(self.merging):
+            counts = tuple(n - r for n, r in zip(counts, self.removed[block], strict=True))
+            lengths = [layout.prefix + n * layout.unit_tokens for n in counts]
+            rows = (1, sum(lengths)) if layout.row_tokens is None else (len(lengths), max(lengths))
+            self.sizes[block] = torch.empty(
+                (sum(lengths), layout.total_tokens + 1, *rows, 0), dtype=torch.int32
+            )
 
     @cached_property
     def record(self) -> EncoderRecord:
@@ -107,15 +133,7 @@ class VisionCall:
 
     @property
     def removes(self) -> bool:
-        return any(any(counts) for counts in self.removed.values())
-
-    def merges_at(self, block: int) -> bool:
-        """Whether `block` merges; the number of blocks stands for the output of the last."""
-        return any(self.removed.get(block, ()))
-
-    def scores_at(self, block: int) -> bool:
-        """Whether a merge, in `block` or at its output, reads its attention."""
-        return self.merges_at(block) or (block == self.depth - 1 and self.merges_at(block + 1))
+        return bool(self.merging)
 
     def stage(self, block: int) -> Stage:
         """What `block` is given."""
@@ -136,7 +154,7 @@ class VisionCall:
             raise RuntimeError("attend() without begin_attention()")
         stage = self.stage(block)
         q, k, v = stage.pack(q), stage.pack(k), stage.pack(v)  # [N, H, D]
-        if not self.scores_at(block):
+        if block not in self.scoring:
             eager = self.implementation == "eager"
             return stage.unpack(span_attention(q, k, v, spans, scale=scale, eager=eager))
         self.backend = self._choices(self.implementation, q.device, q.dtype).kernel
@@ -217,6 +235,7 @@ class VisionCall:
         if decision.mixture is not None:
             after.sizes = decision.grow(stage.unit_sizes(keep.device))[kept]
         self.stages.append(after)
+        self.now = after.block_inputs()
 
         units = decision.blend(features)  # [U, g, d]
         rows = units[kept.to(flat.device)].flatten(0, 1)  # [U' * g, d]
@@ -244,6 +263,7 @@ class VisionCall:
                 stage.frame_counts, regrids=True, sizes=stage.sizes,
             )
         )  # fmt: skip
+        self.now = self.stages[-1].block_inputs()
         return windows.flatten(0, 1)[order]
 
     def full_grid(self, x: Tensor, stage: Stage) -> Tensor:
@@ -275,6 +295,7 @@ class VisionCall:
         """Let go of what only the blocks needed."""
         for stage in self.stages:
             stage.forget()
+        self.now = None
         self.merged.clear()
         self.outputs = None
 

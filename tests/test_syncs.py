@@ -13,12 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from illava import language, merge, sequence, vision, vision_scores
+from illava import language, merge, vision, vision_scores
 from illava.attention import column_sums
 from illava.families.layout import Layout
 from illava.families.visual import VisualInput
-from illava.hooks import EncoderHooks
-from illava.hooks.state import Slot
+from illava.hooks import EncoderHooks, under_way
 from illava.language import LanguageCall
 from illava.plan import Plan
 from illava.schedule import resolve
@@ -73,6 +72,7 @@ class Parts:
     full_attention_blocks = frozenset(range(4))
     window_patches = 0
     dead_rows = float("-inf")
+    regrid = None
 
 
 LAYOUTS = {
@@ -130,20 +130,21 @@ def test_merging_in_windows(device, monkeypatch, implementation):
     plan = resolve(
         Plan((0, 1, 2), (), 0.5), vit_default=(), llm_default=(), vit_depth=4, llm_depth=4, merge_size=2
     )
-    state = SimpleNamespace(plan=plan, seams=Windowed, fast_windows=False, vision=Slot(None))
-    call = VisionCall(plan, Windowed, layout, CUDA, implementation)
-    state.vision.set(call)
-    hooks = EncoderHooks(state)
+    call = VisionCall(plan, Windowed, layout, CUDA, implementation, plan_id=-7)
+    hooks = EncoderHooks(SimpleNamespace(plan=plan, seams=Windowed, fast_windows=False, number=-7))
+    under_way.VISION.enter(call)
     windows = torch.empty(11, dtype=torch.int32, device=CUDA)
     for block in (0, 1, 2):
         tokens = len(call.stages[-1].tokens)
         given = {"cu_seqlens": windows}
-        _, given = hooks.enter_block(block, None, (), given) or ((), given)
+        _, given = hooks.enter_block(None, (), given, number=block) or ((), given)
         _, given = hooks.enter_block_attention(block, (), given)
         assert given["cu_seqlens"].device.type == "cpu", "where Hugging Face reads it back"
         q = torch.empty(1, tokens, 2, 16, device=CUDA, dtype=torch.bfloat16)
+        call.begin_attention(call.attending, call.bounds)
         call.attend(q, q, q, 0.25)
         call.merge(block, torch.empty(tokens, 32, device=CUDA, dtype=torch.bfloat16))
+    under_way.VISION.leave(call)
     assert len(call.stages) == 4
 
 
@@ -157,7 +158,10 @@ def test_merging_in_the_language_model(device, monkeypatch, padded, queries):
         Plan((), (0, 1), 0.5, queries=queries), vit_default=(), llm_default=(), vit_depth=4, llm_depth=3,
         merge_size=2, scoring_layers=frozenset(range(3)),
     )  # fmt: skip
-    seams = SimpleNamespace(layers=range(3), scoring_layers=frozenset(range(3)), newline=None)
+    seams = SimpleNamespace(
+        layers=range(3), scoring_layers=frozenset(range(3)), newline=None,
+        language_model=SimpleNamespace(config=None),
+    )  # fmt: skip
     with unset_fake_temporarily():  # what is laid out on the host needs values
         segment = torch.full((2, length), -1)
         segment[0, 5:25], segment[1, 10:30] = 0, 1
@@ -174,24 +178,20 @@ def test_merging_in_the_language_model(device, monkeypatch, padded, queries):
         setattr(call, name, torch.empty_like(getattr(call, name), device=CUDA))
 
     hidden = call.merge_input(call.enter_features(torch.empty(2, length, 32, device=CUDA)))
+    rotary = tuple(call.enter(torch.empty(2, length, 8, device=CUDA)) for _ in range(2))
     cache = DynamicCache()
-    for layer in range(3):
-        stage, slots = call.stage(layer), hidden.shape[1]
-        cached = sequence.cache_layer(cache, layer, 2, CUDA)
-        call.mask(layer, cached)
-        scores = call.scores_at(layer)
-        if scores:
-            call.begin_attention(layer, cached, None)
-        call.announce(layer, cached)
-        # Hugging Face's own way to begin one copies from the host.
+    call.begin(cache)
+    for cached in cache.layers:  # Hugging Face's own way to begin one copies from the host
         cached.keys = cached.values = torch.empty(2, 2, 0, 16, device=CUDA)
         cached.is_initialized = True
-        q, k = (torch.empty(2, heads, slots, 16, device=CUDA) for heads in (4, 2))
-        keys, _ = cached.update(k, k)
-        if scores:
-            call.score(layer, q, keys, 0.25)
-        hidden = call.leave_layer(layer, hidden)
-        assert stage.positions.device == CUDA
+    for layer in range(3):
+        q, k = (torch.empty(2, heads, hidden.shape[1], 16, device=CUDA) for heads in (4, 2))
+        keys, _ = cache.layers[layer].update(k, k)
+        if layer in call.scored:
+            call.attended[layer] = q, keys, 0.25
+        if layer in call.merging:
+            hidden = call.leave_layer(layer, hidden, rotary)
+            rotary = call.layers.now.rotary
     assert len(call.stages) == 3
     assert call.leave(hidden, 3).shape == (2, length, 32)
     assert len(transfers) == 1

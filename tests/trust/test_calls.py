@@ -4,9 +4,10 @@ import functools
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 import illava
+import tiny
 import zoo
 from contract import tools
 from contract.test_features import encode, needs_v5
@@ -220,3 +221,45 @@ def test_compiled(family, monkeypatch):
         found = tools.generate(model, inputs_of(family, KIND), do_sample=False, tokens=3)
     expected = plain_of(family, KIND).answer(inputs_of(family, KIND), do_sample=False, tokens=3)
     assert torch.equal(found, expected)
+
+
+@claimed("another patched model called from within a block or a layer", how="both answer as they do alone")
+def test_a_call_within_a_call():
+    outer, inner = tiny.build("qwen2_5_vl"), tiny.build("qwen2_vl", seed=1)
+    asked = tiny.prompt([5, tiny.A, 7]), tiny.prompt([3, tiny.C, 4])
+    plan = dict(vit_layers=(1,), llm_layers=(0, 2), reduction=0.7)
+    with illava.patch(outer, **plan), illava.patch(inner, **plan), torch.no_grad():
+        alone = outer(**asked[0]).logits, inner(**asked[1]).logits
+        found = []
+
+        def ask(module, args, kwargs):
+            found.append(inner(**asked[1]).logits)
+
+        places = outer.model.language_model.layers[1], outer.model.visual.blocks[1]
+        hooks = [place.register_forward_pre_hook(ask, with_kwargs=True) for place in places]
+        assert torch.equal(outer(**asked[0]).logits, alone[0])
+        assert len(found) == 2
+        assert all(torch.equal(x, alone[1]) for x in found)
+        for hook in hooks:
+            hook.remove()
+
+
+@claimed(
+    "Ctrl-C in the first decoder layer, then removal",
+    "refused",
+    "the unpatched model does not take the cache for its own",
+)
+def test_no_cache_waits_for_what_did_not_come():
+    model, cache, inputs = tiny.build("qwen2_5_vl"), DynamicCache(), tiny.prompt([5, tiny.A, 7])
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    handle = illava.patch(model, vit_layers=(), llm_layers=(0,), reduction=0.7)
+    hook = model.model.language_model.layers[0].self_attn.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**inputs, past_key_values=cache, use_cache=True)
+    hook.remove()
+    handle.remove()
+    with pytest.raises(illava.CacheError, match="an unpatched model cannot continue it"):
+        model(**inputs, past_key_values=cache, use_cache=True)
