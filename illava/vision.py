@@ -20,6 +20,7 @@ from illava.candidates import Candidates, decide
 from illava.families.layout import Layout
 from illava.families.seams import Seams
 from illava.schedule import ModelPlan, SegmentSchedule
+from illava.tracing import EncoderTrace, record_merge
 from illava.transfer import on
 from illava.vision_scores import BlockAttention, weigh
 from illava.vision_stage import Stage
@@ -37,6 +38,7 @@ class EncoderRecord:
         finite: for each merging block, whether the attention it saw was finite; on the device, read
             only where something went wrong.
         packed: filled in by a model's packing: tiles of each picture, and visual tokens made of them.
+        trace: its merges, where they are traced.
     """
 
     grids: tuple[tuple[int, int, int], ...]
@@ -45,6 +47,7 @@ class EncoderRecord:
     unit_tokens: int
     finite: dict[int, Tensor] = field(default_factory=dict)
     packed: list[tuple[int, int]] = field(default_factory=list)
+    trace: EncoderTrace | None = None
 
 
 class VisionCall:
@@ -57,6 +60,7 @@ class VisionCall:
         device: of the pixels.
         implementation: the attention implementation the user chose.
         records: whether the caller wants every block's output.
+        traced: whether to write down what each merge does.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class VisionCall:
         device: torch.device,
         implementation: str,
         records: bool = False,
+        traced: bool = False,
     ) -> None:
         self.settings, self.layout, self.depth = plan.settings, layout, plan.vit_depth
         # Not `seams`: a call that was interrupted waits in its thread's context, and must not keep the model.
@@ -90,6 +95,7 @@ class VisionCall:
         self.merged: dict[int, Tensor] = {}
         self.observed: dict[str, Tensor] = {}
         self.outputs: dict[int, Tensor] | None = {} if records else None
+        self.trace = EncoderTrace(layout) if traced else None
         self._spans: Spans | None = None
         self._seen: dict[int, BlockAttention] = {}
         self._finite: dict[int, Tensor] = {}
@@ -98,8 +104,9 @@ class VisionCall:
     def record(self) -> EncoderRecord:
         """Of the finished call."""
         return EncoderRecord(
-            self.layout.grids, self.schedules, self.backend, self.layout.unit_tokens, self._finite
-        )
+            self.layout.grids, self.schedules, self.backend, self.layout.unit_tokens, self._finite,
+            trace=self.trace,
+        )  # fmt: skip
 
     @property
     def removes(self) -> bool:
@@ -195,6 +202,8 @@ class VisionCall:
         flat = stage.pack(hidden) if hidden.ndim == 3 else hidden  # [N, d]
         features = flat[stage.members.to(flat.device)]  # [U, g, d]
         decision = self._decide(block, features)
+        if self.trace is not None:
+            self.trace.merges.append(record_merge(block, stage.units, decision))
         counts = tuple(n - r for n, r in zip(stage.frame_counts, removed, strict=True))
         keep = decision.keep.to(stage.units.device)  # [U]
         kept = merge.compact(keep[None], sum(counts))[0]  # [U'] ascending
