@@ -230,6 +230,7 @@ def check_step(step, made, stands, own):
     torch.testing.assert_close(step.sources.to_dense(), made.rows, atol=1e-5, rtol=1e-5)
     if step.stage == "vit":
         stands = units_of(own)
+    torch.testing.assert_close(step.stands.to_dense(), stands[step.tokens], atol=1e-5, rtol=1e-5)
     standing = stands[step.tokens] > 1e-6  # [n, P]
     state = torch.zeros(own.patches, dtype=torch.uint8)
     state[standing[step.recycled].any(0)] = provenance.RECYCLED
