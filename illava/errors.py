@@ -29,3 +29,27 @@ class UnsupportedInputError(IllavaError, ValueError):
 
 class CacheError(IllavaError, RuntimeError):
     """A key-value cache that cannot hold layers of different lengths, or that another plan filled."""
+
+
+class DataError(IllavaError, ValueError):
+    """A folder or file of items, or of results, that cannot be used."""
+
+
+class JobError(IllavaError, RuntimeError):
+    """A job that cannot go on: its work fails on everything, or another job writes to its results."""
+
+
+class MissingExtraError(IllavaError, ImportError):
+    """A package that only this part of illava needs, and that is not installed."""
+
+
+class CheckpointError(IllavaError, RuntimeError):
+    """A model that cannot be loaded or asked: no checkpoint, no weights, no processor, no such device."""
+
+
+class NoPlanError(IllavaError, LookupError):
+    """A search in which no plan held what was asked for."""
+
+
+class OutOfMemoryError(IllavaError, MemoryError):
+    """A model and its inputs that do not fit; says what would."""

@@ -24,6 +24,7 @@ from illava.plan import name_of
 from illava.schedule import ModelPlan
 from illava.scores import Scores, attention_importance, slots_to_choose
 from illava.tracing import LanguageTrace, record_merge
+from illava.transfer import on, to_host
 from illava.vision import is_broken, is_dead
 
 
@@ -79,15 +80,17 @@ class LanguageCall:
         self.counts: list[list[int]] = []  # slots per segment, one entry per stage
         self._scores: dict[int, Scores] = {}
         self._masks: dict[Any, Tensor | None] = {}
-        self.unpadded = padding_mask is None or bool(padding_mask.all())
         rows = embeds.shape[0]
         if visual is None:
+            self.unpadded = padding_mask is None or bool(padding_mask.all())
             self.removed: dict[int, list[int]] = {}
             self._lost_any = False
             place = torch.arange(self.length, device=embeds.device).expand(rows, -1)
             self.stages = [Stage(0, place + past, place, (self.length,) * rows)]
             return
-        self._enter(plan, embeds, visual, seams.newline)
+        # Read now: an offloaded parameter is there only while its module runs.
+        newline = None if seams.newline is None else getattr(seams.model, seams.newline)
+        self._enter(plan, embeds, visual, newline)
 
     def _enter(self, plan: ModelPlan, embeds: Tensor, visual: VisualInput, newline: Tensor | None) -> None:
         """Find what the encoder left, row by row, and lay out the segments' slots."""
@@ -98,8 +101,10 @@ class LanguageCall:
             marks["real"] = self.padding_mask[:, -self.length :].bool().to(device)
         if newline is not None:
             marks["newline"] = (embeds == newline.to(embeds)).all(dim=-1)
-        found = dict(zip(marks, torch.stack(list(marks.values())).cpu(), strict=True))  # one transfer
+        found = dict(zip(marks, to_host(torch.stack(list(marks.values()))), strict=True))  # one transfer
         real = found.get("real", torch.ones_like(segment, dtype=torch.bool))
+        before = None if self.padding_mask is None else self.padding_mask[:, : -self.length]
+        self.unpadded = bool(real.all()) and (before is None or not before.shape[1] or bool(before.all()))
         broken = segment[found["broken"] & (segment >= 0)]
         self.broken: dict[int, int] = dict(Counter(broken.tolist()))
         dead = found["dead"] & (segment >= 0)
@@ -118,11 +123,11 @@ class LanguageCall:
         index = merge.compact(keep, width)  # [B, n] on the CPU
         positions = (index + self.past).masked_fill(~keep.gather(1, index), -1)
         slots = segment.gather(1, index).masked_fill(positions < 0, -1)  # [B, n] segment per slot
-        self.entry_columns = index.to(device)
+        self.entry_columns = on(device, index)
         if self.traced:
             self.trace = LanguageTrace.entered(segment, len(visual.tokens), keep)
         entry = torch.arange(width, device=device).expand(len(row_lengths), -1)
-        self.stages = [Stage(0, positions.to(device), entry, tuple(row_lengths))]
+        self.stages = [Stage(0, on(device, positions), entry, tuple(row_lengths))]
 
         number = len(visual.tokens)
         own = segment.flatten()
@@ -133,15 +138,15 @@ class LanguageCall:
         starts = (counts.cumsum(0) - counts)[:, None]
         step = torch.arange(max(1, int(counts.max())))
         table = order[(starts + step).clamp(max=max(0, len(order) - 1))] if len(order) else starts + step * 0
-        self.table = table.to(device)  # [S, N] flat slots of each segment, ascending
+        self.table = on(device, table)  # [S, N] flat slots of each segment, ascending
         self.counts = [counts.tolist()]
-        self.segment_rows = (self.table[:, 0] // width).tolist()
+        self.segment_rows = (table[:, 0] // width).tolist()
 
         removed = [plan.llm_removed(t, a) for t, a in zip(self.tokens, self.counts[0], strict=True)]
         self.removed = {layer: [r[i] for r in removed] for i, layer in enumerate(plan.llm_layers)}
 
         self.has_later_text = sequence.later_text(segment, text, number)
-        self._text = (text.gather(1, index) & (positions >= 0)).to(device)  # [B, n]
+        self._text = on(device, text.gather(1, index) & (positions >= 0))  # [B, n]
         self._text_width = int(text.sum(dim=1).max())
 
     @property
@@ -249,7 +254,7 @@ class LanguageCall:
             self._scores[self.scored_at[layer]] if layer in self.scored_at else None,
             positions, self._text.to(device), self._text_width,
             place=lambda: sequence.take_rows(
-                sequence.grid_places(visual.segment, visual.tokens, self.grids).to(device),
+                on(device, sequence.grid_places(visual.segment, visual.tokens, self.grids)),
                 (positions - self.past).clamp(min=0),
             ),
             inputs=lambda: sequence.take_rows(given.detach().to(device), stage.entry),

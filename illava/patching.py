@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from illava import checks, families
+from illava.attention import AttentionChoice
 from illava.families.seams import Seams
 from illava.hooks import ATTENTION_NAME, ConfigView, EncoderHooks, LanguageHooks, OfOneModel, State, attention
 from illava.plan import Plan
@@ -135,6 +136,7 @@ class Handle(OfOneModel):
         self._seams, self._outermost = seams, outermost
         self._state = State(plan, seams, family, fast_windows, trace)
         self._undo: list[Callable[[], None]] = []
+        self._choose_statistics()
         try:
             setattr(seams.model, HANDLE_ATTRIBUTE, self)
             self._install()
@@ -146,6 +148,15 @@ class Handle(OfOneModel):
     def report(self) -> Report | None:
         """What the last call that brought pictures did; `None` before the first."""
         return self._state.last
+
+    @property
+    def attention(self) -> AttentionChoice | None:
+        """How the encoder's attention statistics are computed, chosen when the model was patched.
+
+        Changing the model's attention, type or device afterwards changes it with the next call. `None`
+        where the encoder merges nothing, has an attention of its own, or is not on a device yet.
+        """
+        return self._state.choices.last
 
     @property
     def active(self) -> bool:
@@ -171,7 +182,16 @@ class Handle(OfOneModel):
 
     def __repr__(self) -> str:
         state = "on" if self.active else "removed from"
-        return f"<illava.Handle {state} {type(self._seams.model).__name__}: {self.plan}>"
+        attention = "" if self.attention is None else f"; {self.attention}"
+        return f"<illava.Handle {state} {type(self._seams.model).__name__}: {self.plan}{attention}>"
+
+    def _choose_statistics(self) -> None:
+        """Choose the kernel that gives attention statistics, for the encoder as it stands."""
+        tower: Any = self._seams.tower
+        weights = (p for p in tower.parameters() if p.is_floating_point() and p.device.type != "meta")
+        merges = self.plan.vit_layers and not self.plan.removes_nothing and self._seams.block_observed is None
+        if merges and (weight := next(weights, None)) is not None:
+            self._state.choices(tower.config._attn_implementation, weight.device, weight.dtype)
 
     # Hooks in -----------------------------------------------------------------------------------
 

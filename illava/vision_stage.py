@@ -40,7 +40,7 @@ class Stage:
     frame_counts: tuple[int, ...]
     regrids: bool = False
     sizes: Tensor | None = None
-    _memo: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _memo: dict[tuple[int, bool], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _spans: dict[int | None, tuple[Tensor | None, Spans]] = field(default_factory=dict)
 
     @property
@@ -66,6 +66,12 @@ class Stage:
         if self.first_block == 0 and self.layout.row_tokens is not None:
             return self.layout.row_tokens
         return max(self.frame_tokens)
+
+    def by_unit(self, x: Tensor) -> Tensor:
+        """`[N, ...]` to `[U, g, ...]`, a view where units stand as they are wanted."""
+        if self.layout.consecutive:
+            return x.unflatten(0, (-1, self.layout.unit_tokens))
+        return x[self.members.to(x.device)]
 
     def pack(self, x: Tensor) -> Tensor:
         """`[rows, width, ...]` to `[N, ...]`, without padding."""
@@ -103,15 +109,15 @@ class Stage:
 
     def select(self, x: Tensor) -> Tensor:
         """Rows of survivors from something with a row per token of the full packing."""
-        return self._once(x, lambda: x[self.tokens.to(x.device)])
+        return self._once(x, False, lambda: x[self.tokens.to(x.device)])
 
     def recount(self, cu_seqlens: Tensor, keep_empty: bool) -> Tensor:
         """Span boundaries by counting the survivors of each original span, which may be none.
 
         Args:
             cu_seqlens: the original boundaries.
-            keep_empty: leave empty spans in, as flash attention may have them. Taking them out asks
-                the device how many there are; Hugging Face's loop over spans does so anyway.
+            keep_empty: leave empty spans in, as flash attention and illava's own may have them. Taking
+                them out asks the device how many there are; Hugging Face's loop over spans does so anyway.
         """
 
         def count() -> Tensor:
@@ -121,25 +127,30 @@ class Stage:
             bounds = before[cu_seqlens.long()].to(cu_seqlens.dtype)
             return bounds if keep_empty else bounds.unique_consecutive()
 
-        return self._once(cu_seqlens, count)
+        return self._once(cu_seqlens, keep_empty, count)
 
-    def spans(self, cu_seqlens: Tensor | None) -> Spans:
-        """What this stage's tokens attend within: spans of these boundaries, `None` for whole frames."""
+    def spans(self, cu_seqlens: Tensor | None, window: int = 0) -> Spans:
+        """What this stage's tokens attend within: spans of these boundaries, `None` for whole frames.
+
+        Args:
+            window: the most tokens that a span had before anything left, 0 if nobody says.
+        """
         key = None if cu_seqlens is None else id(cu_seqlens)
         if key not in self._spans:
             made = (
                 Spans.from_lengths(self.frame_tokens, self.tokens.device)
                 if cu_seqlens is None
-                else Spans.from_cu_seqlens(cu_seqlens)
+                else Spans.from_cu_seqlens(cu_seqlens, min(window, max(self.frame_tokens)) or None)
             )
             self._spans[key] = (cu_seqlens, made)  # holding the source keeps its id its own
         return self._spans[key][1]
 
-    def _once(self, source: Tensor, make: Callable[[], Tensor]) -> Tensor:
+    def _once(self, source: Tensor, how: bool, make: Callable[[], Tensor]) -> Tensor:
         """Every block is handed the same few tensors; each is shortened once per stage."""
-        if id(source) not in self._memo:
-            self._memo[id(source)] = (source, make())  # holding the source keeps its id its own
-        return self._memo[id(source)][1]
+        key = id(source), how
+        if key not in self._memo:
+            self._memo[key] = (source, make())  # holding the source keeps its id its own
+        return self._memo[key][1]
 
     def forget(self) -> None:
         """Let go of what was shortened for this call."""

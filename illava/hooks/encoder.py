@@ -34,6 +34,7 @@ class EncoderHooks:
             module.config._attn_implementation,
             records=call_args.get("output_hidden_states") not in (None, False),
             traced=self.state.trace,
+            choices=self.state.choices,
         )
         if call.removes:
             refuse_checkpointing(module)
@@ -51,7 +52,8 @@ class EncoderHooks:
             cos, sin = kwargs["position_embeddings"]
             kwargs["position_embeddings"] = (stage.select(cos), stage.select(sin))
         if kwargs.get("cu_seqlens") is not None:
-            keep_empty = call.implementation.startswith("flash")
+            ours = call.scores_at(number) or self.state.fast_windows
+            keep_empty = ours or call.implementation.startswith("flash")
             kwargs["cu_seqlens"] = stage.recount(kwargs["cu_seqlens"], keep_empty)
         return args, kwargs
 
@@ -63,8 +65,9 @@ class EncoderHooks:
         call.begin_attention(number, spans)
         if spans is not None:
             # One span over everything: the module hands all tokens to illava's attention function,
-            # which attends within the real spans together.
-            kwargs["cu_seqlens"] = spans.new_tensor([0, len(call.stage(number).tokens)])
+            # which attends within the real spans together. That one stays on the CPU, where reading it
+            # back, as the module does, waits for nothing.
+            kwargs["cu_seqlens"] = torch.tensor([0, len(call.stage(number).tokens)], dtype=torch.int32)
         return args, kwargs
 
     def observe(self, name: str, output: Tensor) -> None:

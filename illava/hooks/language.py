@@ -12,7 +12,13 @@ from illava.errors import UnsupportedInputError
 from illava.families.parts import arguments
 from illava.hooks.state import State
 from illava.language import LanguageCall
-from illava.refusals import refuse_broken, refuse_checkpointing, refuse_presses, refuse_unserved
+from illava.refusals import (
+    refuse_broken,
+    refuse_checkpointing,
+    refuse_chunks,
+    refuse_presses,
+    refuse_unserved,
+)
 from illava.report import build_report
 from illava.rotary import rotation
 from illava.vision import is_dead
@@ -131,6 +137,11 @@ class LanguageHooks:
         lengths = (
             x.shape[1] for x in (*named, *args[:1]) if isinstance(x, torch.Tensor) and x.ndim in (2, 3)
         )
+        config = kwargs.get("generation_config") or getattr(own.__self__, "generation_config", None)
+        chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+        if chunk is not None:
+            call = {"input_ids": args[0] if args else kwargs.get("inputs")} | kwargs
+            refuse_chunks(self.state.family.visual_input(self.seams, call), chunk)
         with self.state.answering(next(lengths, None)):  # the mask comes first: it covers a cache, too
             return own(*args, **kwargs)
 
@@ -199,7 +210,10 @@ class LanguageHooks:
         output.last_hidden_state = call.leave(output.last_hidden_state, depth)
         recorded: dict[str, Any] = {}
         if getattr(output, "attentions", None) is not None:
-            output.attentions = tuple(call.leave_weights(x, i) for i, x in enumerate(output.attentions))
+            # One entry a layer, or (Qwen3.5) one for each layer that has such weights.
+            given = self.scoring if len(output.attentions) == len(self.scoring) else range(depth)
+            pairs = zip(output.attentions, given, strict=True)
+            output.attentions = tuple(call.leave_weights(x, layer) for x, layer in pairs)
             recorded["attentions"] = output.attentions
         if output.hidden_states is not None:
             # A caller who asks for some layers alone gets None for the others, here as there.

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
+from illava.attention import Choices
 from illava.errors import AlreadyPatchedError
 from illava.families.seams import Seams
 from illava.families.visual import VisualInput
@@ -76,6 +77,7 @@ class State(OfOneModel):
     Attributes:
         fast_windows: whether every encoder block attends within all its spans in one call.
         trace: whether calls write down where every token came from.
+        choices: how attention statistics are computed.
         number: tells one handle's merges from another's in a cache.
         last: the report of the last call that brought pictures.
         vision: the encoder call under way.
@@ -95,6 +97,7 @@ class State(OfOneModel):
         self.model_type = str(getattr(seams.model.config, "model_type", "unknown"))
         self.shape = measure(seams)
         self.number = next(_NUMBERS)
+        self.choices = Choices()
         self.last: Report | None = None
         self.vision: Slot[VisionCall | None] = Slot(None)
         self.left: Slot[tuple[VisionCall, ...]] = Slot(())

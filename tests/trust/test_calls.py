@@ -129,9 +129,9 @@ def test_features_for_several_answers(family):
 
 
 @functools.cache
-def chunked(family, chunk):
-    """The answer where only the first chunk's tokens ask about the picture, and the rest comes after."""
-    model, inputs = tools.build(family), inputs_of(family, KIND)
+def chunked(family, kind, chunk):
+    """The answer where only the first chunk's tokens ask about the pictures, and the rest comes after."""
+    model, inputs = tools.build(family), inputs_of(family, kind)
     with patched(family) as handle:
         plan = handle.plan
     ids = inputs["input_ids"]
@@ -144,17 +144,44 @@ def chunked(family, chunk):
     return answer
 
 
+def in_chunks(family, kind):
+    """What `generate` gives in two chunks, the first ending behind the last picture, and what it should."""
+    model, inputs = tools.build(family), inputs_of(family, kind)
+    chunk = int(tools.visual_places(model, inputs).max()) + 3
+    assert chunk + 1 < inputs["input_ids"].shape[1]
+    split = {"prefill_chunk_size": chunk}
+    at_once, unpatched = (tools.greedy(model, inputs, **how)[1] for how in ({}, split))
+    if not torch.allclose(at_once, unpatched, atol=1e-4):
+        pytest.skip("without illava, too, this version misplaces what comes after the first chunk")
+    with patched(family):
+        found = tools.greedy(model, inputs, **split)[0]
+    return found[0].tolist(), chunked(family, kind, chunk)
+
+
 @needs_v5
 @claimed("prefill_chunk_size", how="the first chunk, with the picture, merges as a prompt of its own")
 @each_family
 def test_chunks(family):
     """A chunk knows nothing of the next: text that comes there asks about no picture."""
-    model, inputs = tools.build(family), inputs_of(family, KIND)
-    chunk = int(tools.visual_places(model, inputs)[-1]) + 3
-    assert chunk + 1 < inputs["input_ids"].shape[1]
-    with patched(family):
-        found = tools.generate(model, inputs, do_sample=False, prefill_chunk_size=chunk)
-    assert found[0, -6:].tolist() == chunked(family, chunk)
+    if family.startswith("minicpmv4"):
+        pytest.skip("a large picture is several here, see the next line")
+    found, expected = in_chunks(family, KIND)
+    assert found == expected
+
+
+@claimed(
+    "prefill_chunk_size with several pictures in a chunk", "refused",
+    "transformers cuts their features as one: where one ends and the next begins is lost",
+)  # fmt: skip
+@each_family
+def test_chunks_with_several_pictures(family):
+    model, inputs = tools.build(family), inputs_of(family, "several pictures")
+    with (
+        patched(family) as handle,
+        pytest.raises(illava.UnsupportedInputError, match="Leave out prefill_chunk_size"),
+    ):
+        tools.generate(model, inputs, do_sample=False, prefill_chunk_size=inputs["input_ids"].shape[1] - 1)
+    assert handle.report is None  # before anything ran
 
 
 @claimed("generate_batch (continuous batching), text alone", how="what the unpatched model gives")
