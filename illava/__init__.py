@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from illava.families import supported_models
     from illava.patching import Handle, patch, unpatch
     from illava.plan import Plan
+    from illava.provenance import Provenance, Step
     from illava.report import Report
     from illava.schedule import ModelPlan
 
@@ -49,6 +50,8 @@ _HOME = {
     "Plan": "illava.plan",
     "ModelPlan": "illava.schedule",
     "Report": "illava.report",
+    "Provenance": "illava.provenance",
+    "Step": "illava.provenance",
     "IllavaError": "illava.errors",
     "PlanError": "illava.errors",
     "UnsupportedModelError": "illava.errors",
@@ -79,8 +82,10 @@ __all__ = [
     "OutOfMemoryError",
     "Plan",
     "PlanError",
+    "Provenance",
     "Report",
     "SeamError",
+    "Step",
     "UnsupportedInputError",
     "UnsupportedModelError",
     "patch",

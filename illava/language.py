@@ -25,6 +25,7 @@ from illava.plan import name_of
 from illava.rotary import rotation
 from illava.schedule import ModelPlan
 from illava.scores import Scores, attention_importance, slots_to_choose
+from illava.tracing import LanguageTrace, record_merge
 from illava.transfer import on, to_host
 from illava.vision import is_broken, is_dead
 
@@ -45,6 +46,7 @@ class LanguageCall:
         prompt: the caller's position where the prompt of `generate` ends, if known. Behind it stand guesses
             of assisted decoding or, without a cache, the answer so far. They ask about no picture, or what
             survives would depend on them.
+        traced: whether to write down what each merge does.
     """
 
     def __init__(
@@ -59,10 +61,13 @@ class LanguageCall:
         plan_id: int,
         wanted: frozenset[str] = frozenset(),
         prompt: int | None = None,
+        traced: bool = False,
     ) -> None:
         self.settings, self.implementation, self.plan_id = plan.settings, implementation, plan_id
         self.scored_at = plan.scored_at
         self.wanted = wanted
+        self.traced = traced
+        self.trace: LanguageTrace | None = None
         self.outputs: dict[int, Tensor] = {}
         self.additions: dict[int, Tensor] = {}
         self.visual, self.padding_mask, self.past = visual, padding_mask, past
@@ -125,6 +130,8 @@ class LanguageCall:
         positions = (index + self.past).masked_fill(~keep.gather(1, index), -1)
         slots = segment.gather(1, index).masked_fill(positions < 0, -1)  # [B, n] segment per slot
         self.entry_columns = on(device, index)
+        if self.traced:
+            self.trace = LanguageTrace.entered(segment, len(visual.tokens), keep)
         entry = torch.arange(width, device=device).expand(len(row_lengths), -1)
         self.stages = [Stage(0, on(device, positions), entry, tuple(row_lengths))]
 
@@ -307,6 +314,8 @@ class LanguageCall:
     def merge(self, layer: int, hidden: Tensor) -> Tensor:
         """Merge after `layer`: `[B, n, d]` to `[B, n', d]`, padded on the left."""
         decision, stage = self._decide(layer, hidden), self.stages[-1]
+        if self.trace is not None:
+            self.trace.merges.append(record_merge(layer, self._names(stage), decision))
         rows = self._rows_after(layer, stage.row_lengths)
         batch, slots = stage.positions.shape
         width, device = max(rows), hidden.device  # layers may sit on different devices
@@ -341,6 +350,11 @@ class LanguageCall:
 
         self.additions = {later: apply(x) for later, x in self.additions.items() if later > layer}
         return apply(hidden)
+
+    def _names(self, stage: Stage) -> Tensor:
+        """`[B, n]` what a trace calls each slot: its place in `[B, L]`, -1 for padding."""
+        row = torch.arange(len(stage.positions), device=stage.positions.device)[:, None]
+        return torch.where(stage.positions < 0, -1, stage.positions - self.past + row * self.length)
 
     def leave(self, x: Tensor, layer: int) -> Tensor:
         """The hidden states given to `layer`, back at the caller's length: `[B, L, d]`."""

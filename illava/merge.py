@@ -34,8 +34,9 @@ class Merge:
         kept_table: `[S, P]` for each segment its surviving units in ascending order; rows are
             padded at the end.
         kept_counts: how many of each row of `kept_table` are real.
-        mixture: where a function is the rule, `[S, N]` each segment's units and `[S, P, N]` the weights
-            of which each kept unit is made.
+        index, counts: `[S, N]` the units of each segment, and how many of each row are real.
+        importance: `[S, N]` by what they were ranked.
+        mixture: where a function is the rule, `[S, P, N]` the weights of which each kept unit is made.
     """
 
     keep: Tensor
@@ -44,7 +45,10 @@ class Merge:
     weights: Tensor
     kept_table: Tensor
     kept_counts: tuple[int, ...]
-    mixture: tuple[Tensor, Tensor] | None = None
+    index: Tensor
+    counts: tuple[int, ...]
+    importance: Tensor
+    mixture: Tensor | None = None
 
     def blend(self, features: Tensor) -> Tensor:
         """Replace the recycled units' rows by the weighted sum of their groups.
@@ -57,7 +61,7 @@ class Merge:
         """
         flat = features.reshape(features.shape[0], -1)  # [U, g*d]
         if self.mixture is not None:
-            index, weights = (x.to(flat.device) for x in self.mixture)
+            index, weights = (x.to(flat.device) for x in (self.index, self.mixture))
             mixed = torch.einsum("spn,snd->spd", weights, flat[index].float())
             real = _real(self.kept_counts, self.kept_table.shape[1], flat.device)
             kept = self.kept_table.to(flat.device).flatten()[real]
@@ -72,8 +76,7 @@ class Merge:
         """How many units each stands for, `[U]`, once others have gone into it whole by a function's rule."""
         if self.mixture is None:
             return sizes
-        index, weights = self.mixture
-        grown = torch.einsum("spn,sn->sp", (weights != 0).to(sizes), sizes[index])
+        grown = torch.einsum("spn,sn->sp", (self.mixture != 0).to(sizes), sizes[self.index])
         real = _real(self.kept_counts, self.kept_table.shape[1], sizes.device)
         return sizes.index_copy(0, self.kept_table.flatten()[real], grown.flatten()[real])
 
@@ -139,7 +142,7 @@ def select(
     if callable(rule):
         places = table.clamp(max=width - 1)
         itself = torch.nn.functional.one_hot(places, width).float()
-        mixture = index, torch.where((kept < count)[..., None], rule(places).float(), itself)
+        mixture = torch.where((kept < count)[..., None], rule(places).float(), itself)
     elif rule == "linear":
         groups = _linear_groups(order, index, counts, keep_counts)
     elif rule == "recycle":
@@ -148,7 +151,7 @@ def select(
         groups = _recycled_groups(
             order, index, counts, keep_counts, recycled_share, members, queries, keys, scale
         )
-    return Merge(keep, *groups, kept_table, tuple(keep_counts), mixture)
+    return Merge(keep, *groups, kept_table, tuple(keep_counts), index, tuple(counts), importance, mixture)
 
 
 def recycled_count(kept: int, removed: int, share: float) -> int:

@@ -38,7 +38,12 @@ HANDLE_ATTRIBUTE = "_illava_handle"
 
 
 def patch(
-    model: nn.Module, *, plan: Plan | None = None, fast_windows: bool = False, **settings: Any
+    model: nn.Module,
+    *,
+    plan: Plan | None = None,
+    fast_windows: bool = False,
+    trace: bool = False,
+    **settings: Any,
 ) -> Handle:
     """Make a vision-language model merge redundant visual tokens, from the next call on.
 
@@ -53,6 +58,8 @@ def patch(
         fast_windows: run each encoder block's attention over all windows, frames and pictures in one
             call, merging or not. Hugging Face's SDPA and eager attention loop over them one by one;
             results differ by rounding.
+        trace: write down where every token came from, for `handle.report.provenance` and
+            `illava.visualize`. A traced call waits for the device at every merge.
         **settings: the fields of `illava.Plan`, instead of `plan`: `vit_layers`, `llm_layers`,
             `reduction` (2/3), `encoder_share` (0.4), `recycled` (0.05), `members` (5), `score`,
             `merge`, `queries`, `window_score`, `proportional`, and the other three budgets
@@ -93,7 +100,7 @@ def patch(
         checks.check_spans(seams)
     if previous is not None:
         previous.remove()
-    return Handle(resolved, seams, family, fast_windows, core)
+    return Handle(resolved, seams, family, fast_windows, trace, core)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -114,11 +121,17 @@ class Handle(OfOneModel):
     """
 
     def __init__(
-        self, plan: ModelPlan, seams: Seams, family: Any, fast_windows: bool, outermost: nn.Module
+        self,
+        plan: ModelPlan,
+        seams: Seams,
+        family: Any,
+        fast_windows: bool,
+        trace: bool,
+        outermost: nn.Module,
     ) -> None:
         self.plan = plan
         self._seams, self._outermost = seams, outermost
-        self._state = State(plan, seams, family, fast_windows)
+        self._state = State(plan, seams, family, fast_windows, trace)
         self._undo: list[Callable[[], None]] = []
         self._choose_statistics()
         try:

@@ -4,19 +4,35 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import TYPE_CHECKING, NamedTuple
 
 from illava.flops import Flops, ModelShape, count_flops
+from illava.provenance import Provenance
+from illava.retrace import Trace, TracedPicture, retrace
 from illava.schedule import ModelPlan, SegmentSchedule
 
 if TYPE_CHECKING:
     from illava.families.visual import VisualInput
     from illava.language import LanguageCall
+    from illava.tracing import EncoderTrace
     from illava.vision import EncoderRecord
 
-# A picture's grid, what the plan did to it, and the patches of its merge units.
-Encoding = tuple[tuple[int, int, int], SegmentSchedule, int]
+
+class Encoding(NamedTuple):
+    """One grid of an encoder call: what the plan did to it, and the patches of its merge units.
+
+    Attributes:
+        trace: the call's, where calls are traced, and `frame`, which of its frames is the grid's first.
+    """
+
+    grid: tuple[int, int, int]
+    schedule: SegmentSchedule
+    unit_tokens: int
+    trace: EncoderTrace | None
+    frame: int
 
 
 @dataclass(frozen=True)
@@ -113,6 +129,15 @@ class Report:
     pictures: tuple[PictureRecord, ...]
     flops: Flops
     backend: str | None
+    _trace: Trace | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def provenance(self) -> tuple[Provenance, ...] | None:
+        """Where the tokens of each of the pictures came from; `None` without `patch(..., trace=True)`.
+
+        Put together when first asked for; ask when the call has ended.
+        """
+        return None if self._trace is None else retrace(self._trace)
 
     @property
     def tokens(self) -> int:
@@ -167,6 +192,7 @@ def build_report(
     call: LanguageCall,
     encoded: Iterable[EncoderRecord] | None,
     rows: int,
+    model_type: str,
 ) -> Report:
     """Put a language model call and the encoder calls before it together.
 
@@ -175,6 +201,7 @@ def build_report(
         call: the language model call that brought pictures.
         encoded: encoder calls since the last report; features handed in by the caller have none.
         rows: batch rows.
+        model_type: of the patched model.
     """
     calls = list(encoded or ())
     visual = call.visual
@@ -182,41 +209,50 @@ def build_report(
         raise ValueError("a report needs a call that brought pictures")
     encodings, used = _encodings(calls, visual, call.segment_rows)
     pictures: list[PictureRecord] = []
+    traced: list[TracedPicture] = []
     by_row: list[list[SegmentSchedule]] = [[] for _ in range(rows)]
     for number, kind in enumerate(visual.kinds):
         row, tokens, alive = call.segment_rows[number], call.tokens[number], call.counts[0][number]
         tiles = encodings[number]
-        if tiles and sum(s.tokens for _, s, _ in tiles) == tokens != alive + _removed(tiles):
+        if tiles and sum(e.schedule.tokens for e in tiles) == tokens != alive + _removed(tiles):
             tiles = []  # not encoded under this plan
         vit = [
             LayerRecord("vit", entries[0][0], sum(e[1] for e in entries), sum(e[2] for e in entries))
-            for entries in zip(*(s.vit for _, s, _ in tiles), strict=True)
+            for entries in zip(*(e.schedule.vit for e in tiles), strict=True)
         ]
         llm, left = [], alive
         for layer, removed in call.removed.items():
             llm.append((layer, left, left := left - removed[number]))
+        layers = (*vit, *(LayerRecord("llm", *entry) for entry in llm))
+        origins = tuple((e.trace, e.frame, e.grid[0]) for e in tiles if e.trace is not None)
+        traced.append(TracedPicture(kind, row, tuple((r.stage, r.layer) for r in layers), origins))
         by_row[row].append(SegmentSchedule(1, tokens, ((-1, tokens, alive),), tuple(llm)))
         pictures.append(
             PictureRecord(
                 kind=kind,
                 row=row,
-                grid=tiles[0][0] if tiles else None,
+                grid=tiles[0].grid if tiles else None,
                 tiles=len(tiles),
                 tokens=tokens,
-                encoded_units=sum(s.tokens for _, s, _ in tiles) if tiles else None,
+                encoded_units=sum(e.schedule.tokens for e in tiles) if tiles else None,
                 entered_tokens=alive,
-                layers=(*vit, *(LayerRecord("llm", *entry) for entry in llm)),
+                layers=layers,
                 asked_reduction=plan.reduction,
             )
         )
     texts = [call.length - sum(s.tokens for s in row) for row in by_row]
-    flops = count_flops(plan, shape, [(s, n) for _, s, n in used], list(zip(texts, by_row, strict=True)))
+    flops = count_flops(
+        plan, shape, [(e.schedule, e.unit_tokens) for e in used], list(zip(texts, by_row, strict=True))
+    )
     backend = next((c.backend for c in calls if c.backend), None)
-    return Report(tuple(pictures), flops, backend)
+    trace = None
+    if call.trace is not None:
+        trace = Trace(model_type, call.trace, tuple(traced))
+    return Report(tuple(pictures), flops, backend, trace)
 
 
 def _removed(tiles: Sequence[Encoding]) -> int:
-    return sum(s.tokens - s.encoder_tokens for _, s, _ in tiles)
+    return sum(e.schedule.tokens - e.schedule.encoder_tokens for e in tiles)
 
 
 def _encodings(
@@ -251,7 +287,11 @@ def _groups(calls: Sequence[EncoderRecord]) -> list[tuple[list[Encoding], int | 
     """What was encoded, in order: grids that became one picture, and its tokens if packing told."""
     groups: list[tuple[list[Encoding], int | None]] = []
     for call in calls:
-        encodings = [(g, s, call.unit_tokens) for g, s in zip(call.grids, call.schedules, strict=True)]
+        frames = accumulate((t for t, _, _ in call.grids), initial=0)
+        encodings = [
+            Encoding(g, s, call.unit_tokens, call.trace, frame)
+            for g, s, frame in zip(call.grids, call.schedules, frames, strict=False)
+        ]
         whole: list[tuple[int, int | None]] = [(1, None)] * len(encodings)
         for tiles, tokens in call.packed or whole:
             groups.append((encodings[:tiles], tokens))
@@ -270,4 +310,4 @@ def _take_last(
     last = pool[len(pool) - len(units) :]
     del pool[len(pool) - len(units) :]
     tiles = [encoding for group, _ in last for encoding in group]
-    return tiles if tuple(s.tokens for _, s, _ in tiles) == units else None
+    return tiles if tuple(e.schedule.tokens for e in tiles) == units else None

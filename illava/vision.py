@@ -21,6 +21,7 @@ from illava.candidates import Candidates, decide
 from illava.families.layout import Layout
 from illava.families.seams import Seams
 from illava.schedule import ModelPlan, SegmentSchedule
+from illava.tracing import EncoderTrace, record_merge
 from illava.transfer import on
 from illava.vision_scores import BlockAttention, weigh
 from illava.vision_stage import BlockInputs, Stage
@@ -38,6 +39,7 @@ class EncoderRecord:
         finite: for each merging block, whether the attention it saw was finite; on the device, read
             only where something went wrong.
         packed: filled in by a model's packing: tiles of each picture, and visual tokens made of them.
+        trace: its merges, where they are traced.
     """
 
     grids: tuple[tuple[int, int, int], ...]
@@ -46,6 +48,7 @@ class EncoderRecord:
     unit_tokens: int
     finite: dict[int, Tensor] = field(default_factory=dict)
     packed: list[tuple[int, int]] = field(default_factory=list)
+    trace: EncoderTrace | None = None
 
 
 class VisionCall:
@@ -58,6 +61,7 @@ class VisionCall:
         device: of the pixels.
         implementation: the attention implementation the user chose.
         records: whether the caller wants every block's output.
+        traced: whether to write down what each merge does.
         choices: how attention statistics are computed.
         plan_id: tells one handle's calls from another's.
     """
@@ -70,6 +74,7 @@ class VisionCall:
         device: torch.device,
         implementation: str,
         records: bool = False,
+        traced: bool = False,
         choices: Choices | None = None,
         plan_id: int = -1,
     ) -> None:
@@ -108,6 +113,7 @@ class VisionCall:
         self.merged: dict[int, Tensor] = {}
         self.observed: dict[str, Tensor] = {}
         self.outputs: dict[int, Tensor] | None = {} if records else None
+        self.trace = EncoderTrace(layout) if traced else None
         self._spans: Spans | None = None
         self._seen: dict[int, BlockAttention] = {}
         self._finite: dict[int, Tensor] = {}
@@ -128,8 +134,9 @@ class VisionCall:
     def record(self) -> EncoderRecord:
         """Of the finished call."""
         return EncoderRecord(
-            self.layout.grids, self.schedules, self.backend, self.layout.unit_tokens, self._finite
-        )
+            self.layout.grids, self.schedules, self.backend, self.layout.unit_tokens, self._finite,
+            trace=self.trace,
+        )  # fmt: skip
 
     @property
     def removes(self) -> bool:
@@ -217,6 +224,8 @@ class VisionCall:
         flat = stage.pack(hidden) if hidden.ndim == 3 else hidden  # [N, d]
         features = stage.by_unit(flat)  # [U, g, d]
         decision = self._decide(block, features)
+        if self.trace is not None:
+            self.trace.merges.append(record_merge(block, stage.units, decision))
         counts = tuple(n - r for n, r in zip(stage.frame_counts, removed, strict=True))
         keep = decision.keep.to(stage.units.device)  # [U]
         kept = merge.compact(keep[None], sum(counts))[0]  # [U'] ascending

@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from illava.errors import SeamError
-from illava.families import visual
+from illava.families import internvl, visual
 from illava.families.about import About
-from illava.families.internvl import layout
-from illava.families.layout import Survivors, spread_tiles
+from illava.families.layout import Layout, Survivors, spread_tiles
 from illava.families.parts import part, used_blocks
 from illava.families.seams import Observed, Projector, Seams
 from illava.families.visual import VisualInput
@@ -89,6 +89,12 @@ def find_seams(model: nn.Module) -> Seams:
         llm_default=scale_layers(*LLM_PAPER, len(layers)),
         scoring_layers=frozenset(range(len(layers))),
     )
+
+
+def layout(seams: Seams, call: Mapping[str, Any]) -> Layout:
+    """As `internvl`'s; oldest checkpoints make visual tokens column by column."""
+    core: Any = seams.model
+    return replace(internvl.layout(seams, call), by_columns=core.ps_version == "v1")
 
 
 def visual_input(seams: Seams, call: Mapping[str, Any]) -> VisualInput | None:

@@ -5,7 +5,7 @@ Notation for tensor shapes: U units, g tokens per unit, N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -27,6 +27,9 @@ class Layout:
         prefix: tokens ahead of each frame's patches that belong to no unit and always stay (CLS).
         row_tokens: tokens per row, padding included, where frames are rows of a batch; `None` where
             they are packed end to end.
+        window_side: merge units along one side of the windows by which a frame's units are ordered; 0
+            where they come in raster order.
+        by_columns: whether the visual tokens made of a frame come column by column.
     """
 
     grids: tuple[tuple[int, int, int], ...]
@@ -34,6 +37,8 @@ class Layout:
     raster: bool = False
     prefix: int = 0
     row_tokens: int | None = None
+    window_side: int = 0
+    by_columns: bool = False
 
     @property
     def unit_tokens(self) -> int:
@@ -90,6 +95,27 @@ class Layout:
         """Whether units' tokens stand side by side, unit by unit: then nothing need be gathered."""
         return self.prefix == 0 and (self.side == 1 or not self.raster)
 
+    def raster_units(self) -> Tensor:
+        """`[U]` each unit's number in raster order, frame by frame; on the CPU."""
+        if not self.window_side:
+            return torch.arange(self.total_units)
+        return self._by_frame(lambda rows, columns: _window_order(rows, columns, self.window_side))
+
+    def token_units(self) -> Tensor:
+        """`[U]` for each visual token the unit it is made of, in raster order; on the CPU."""
+        if not self.by_columns:
+            return torch.arange(self.total_units)
+        return self._by_frame(lambda rows, columns: torch.arange(rows * columns).view(rows, -1).T.flatten())
+
+    def patches(self) -> Tensor:
+        """`[U, g]` the patches of each unit, both in raster order, frame by frame; on the CPU."""
+        return replace(self, raster=True, prefix=0, row_tokens=None).members()
+
+    def _by_frame(self, order: Callable[[int, int], Tensor]) -> Tensor:
+        """One frame's order of units after another, given its rows and columns of units."""
+        orders = [order(h // self.side, w // self.side) for h, w in self.frames]
+        return _shifted(orders, self.frame_units)
+
     def halved(self) -> Layout:
         """The layout after a module inside the encoder has joined 2 x 2 patches."""
         grids = tuple((t, h // 2, w // 2) for t, h, w in self.grids)
@@ -106,6 +132,13 @@ def _unit_places(height: int, width: int, side: int) -> Tensor:
     grid = torch.arange(height * width)
     grid = grid.view(height // side, side, width // side, side)  # rows, slot rows, columns, slot columns
     return grid.transpose(1, 2).reshape(-1, side * side)
+
+
+def _window_order(rows: int, columns: int, side: int) -> Tensor:
+    """`[U]` the raster places of a frame's units, window by window."""
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    window = row // side * columns + column // side  # fewer than `columns` windows in a row
+    return window.flatten().argsort(stable=True)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from illava.families.seams import Observed, Projector, Seams
 from illava.families.visual import VisualInput
 from illava.plan import LLM_PAPER, VIT_PAPER
 from illava.schedule import scale_layers
+from illava.sparse import sparse
 from illava.transfer import on
 
 ABOUT = {"minicpmv": About("MiniCPM-V 2.6, published code", "a patch", "4, 8, 11 of 27", "2, 8, 14 of 28")}
@@ -66,7 +68,9 @@ def find_seams(model: nn.Module) -> Seams:
         block_norm="layer_norm2",
         block_ffn="mlp",
         block_observed=Observed(("q_proj", "k_proj"), _queries_keys),
-        projectors=(Projector(reads, len(blocks) - 1, squeeze=_squeeze, spread=lambda out, _: out),),
+        projectors=(
+            Projector(reads, len(blocks) - 1, squeeze=_squeeze, spread=lambda out, _: out, reads=_reads),
+        ),
         language_model=language,
         layers=layers,
         layer_attention="self_attn",
@@ -124,6 +128,19 @@ def joining_methods(state: Any) -> tuple[tuple[nn.Module, str, Callable[..., Any
             return original(*args, **kwargs)
 
     return ((core, "get_vllm_embedding", embed), (core.llm, "generate", generate))
+
+
+def _reads(output: Any, alive: Survivors) -> list[Tensor]:
+    """How the queries look at each slice's patches, mean over heads: `[queries, patches]`, sparse."""
+    starts = accumulate(alive.layout.frame_units, initial=0)
+    places = alive.units.split(list(alive.frame_counts))
+    found = []  # output[1] is [slices, queries, n]
+    for looks, own, start, size in zip(output[1], places, starts, alive.layout.frame_units, strict=False):
+        weights, columns = looks[:, : len(own)].double().cpu(), own.cpu() - start
+        rows = torch.arange(len(weights))[:, None].expand_as(weights)
+        places = rows.flatten(), columns.expand_as(weights).flatten()
+        found.append(sparse(*places, weights.flatten(), (len(weights), size)))
+    return found
 
 
 def _queries_keys(attention: Any, seen: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float]:

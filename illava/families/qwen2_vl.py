@@ -81,7 +81,8 @@ def find_seams(model: nn.Module) -> Seams:
 def layout(seams: Seams, call: Mapping[str, Any]) -> Layout:
     """Of one encoder call: patches unit by unit, frames end to end."""
     grids = tuple((int(t), int(h), int(w)) for t, h, w in call["grid_thw"].tolist())
-    return Layout(grids, seams.merge_size)
+    window = round(seams.window_patches**0.5) // seams.merge_size
+    return Layout(grids, seams.merge_size, window_side=window)
 
 
 def visual_input(seams: Seams, call: Mapping[str, Any]) -> VisualInput | None:

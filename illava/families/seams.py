@@ -20,12 +20,15 @@ class Projector:
         block: the encoder block whose output it reads.
         squeeze: makes its arguments those of the survivors; `None` where they are so already.
         spread: puts its output back to what the full grid would have given.
+        reads: where its output rows are made of units by weights (a resampler), those weights, frame by
+            frame `[rows, units]`, given its output and who was alive; `None` where a unit is a row.
     """
 
     module: nn.Module
     block: int
     squeeze: Callable[[dict[str, Any], Survivors], dict[str, Any]] | None = None
     spread: Callable[[Any, Survivors], Any] = lambda output, alive: alive.spread(output)
+    reads: Callable[[Any, Survivors], list[Tensor]] | None = None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from illava.families.layout import Survivors, never_dead
-from illava.families.packing import pack_over_dead
+from illava.families.packing import pack_over_dead, weights_of_packing
 from illava.families.parts import arguments, call_by_name
 from illava.families.seams import Projector, Regrid
 from illava.hooks import in_graph, under_way
@@ -34,6 +34,7 @@ class EncoderHooks:
             pixels.device,
             module.config._attn_implementation,
             records=call_args.get("output_hidden_states") not in (None, False),
+            traced=self.state.trace,
             choices=self.state.choices,
             plan_id=self.state.number,
         )
@@ -144,6 +145,8 @@ class EncoderHooks:
         return call_by_name(module, seam.squeeze(arguments(module, args, kwargs), alive))
 
     def leave_projector(self, seam: Projector, output: Any) -> Any:
+        if self.state.trace and seam.reads is not None:
+            self._trace_reads(seam.reads(output, self._standing(seam)))
         alive = self._survivors(seam)
         if alive is not None:
             return seam.spread(output, alive)
@@ -153,12 +156,23 @@ class EncoderHooks:
 
     def _survivors(self, seam: Projector) -> Survivors | None:
         """What is alive where a projector reads: in the encoder call under way, or those just left."""
-        call = self.state.vision.get()
-        calls = self.state.left.get() if call is None else (call,)
-        if not any(c.removes for c in calls):
-            return None
-        first, *others = (c.stage(seam.block + 1).survivors() for c in calls)
+        return self._standing(seam) if any(c.removes for c in self._calls()) else None
+
+    def _standing(self, seam: Projector) -> Survivors:
+        """The same, also where nothing was merged."""
+        first, *others = (c.stage(seam.block + 1).survivors() for c in self._calls())
         return first.followed_by(others)
+
+    def _calls(self) -> tuple[VisionCall, ...]:
+        call = self.state.vision.get()
+        return self.state.left.get() if call is None else (call,)
+
+    def _trace_reads(self, reads: list[Tensor]) -> None:
+        """Write down what visual tokens are made of, frame by frame, with the calls the frames are of."""
+        for call in self._calls():
+            if call.trace is not None:
+                call.trace.reads.extend(reads[: len(call.layout.frames)])
+                reads = reads[len(call.layout.frames) :]
 
     def leave_tower(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         call = self.state.end_vision()
@@ -186,6 +200,8 @@ class EncoderHooks:
         if not (calls := self.state.left.get()):
             return original(*args, **kwargs)
         call = calls[-1]
+        if call.trace is not None:
+            call.trace.reads.extend(weights_of_packing(original, args, kwargs))
         packed = pack_over_dead(original, args, kwargs) if call.removes else original(*args, **kwargs)
         if isinstance(packed, tuple):
             tiles = [len(features) for features in next(iter([*args, *kwargs.values()]))]

@@ -99,6 +99,7 @@ class LanguageHooks:
             past, module.config._attn_implementation, self.state.number,
             wanted=frozenset(name for name in RECORDED if self._wanted(module, call_args, name)),
             prompt=self.state.prompt.get(),
+            traced=self.state.trace,
         )  # fmt: skip
         if visual is not None:
             if call.broken:
@@ -106,8 +107,9 @@ class LanguageHooks:
                 self.state.encoded.set(None)
                 refuse_broken(call.broken, visual, embeds.dtype, [record.finite for record in encoded])
             self.state.last = build_report(
-                self.state.plan, self.state.shape, call, self.state.encoded.get(), embeds.shape[0]
-            )
+                self.state.plan, self.state.shape, call, self.state.encoded.get(), embeds.shape[0],
+                self.state.model_type,
+            )  # fmt: skip
             self.state.encoded.set(None)
             call.grids = [p.token_grid(self.seams.merge_size) for p in self.state.last.pictures]
         if not merged and not call.changes_length:

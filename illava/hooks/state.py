@@ -77,6 +77,7 @@ class State(OfOneModel):
 
     Attributes:
         fast_windows: whether every encoder block attends within all its spans in one call.
+        trace: whether calls write down where every token came from.
         choices: how attention statistics are computed.
         number: tells one handle's merges from another's in a cache.
         last: the report of the last call that brought pictures.
@@ -91,8 +92,10 @@ class State(OfOneModel):
         joining: whether a method of the model's own is joining pictures and text right now.
     """
 
-    def __init__(self, plan: ModelPlan, seams: Seams, family: Any, fast_windows: bool) -> None:
+    def __init__(self, plan: ModelPlan, seams: Seams, family: Any, fast_windows: bool, trace: bool) -> None:
         self.plan, self.seams, self.family, self.fast_windows = plan, seams, family, fast_windows
+        self.trace = trace
+        self.model_type = str(getattr(seams.model.config, "model_type", "unknown"))
         self.shape = measure(seams)
         self.number = next(_NUMBERS)
         self.choices = Choices()
