@@ -8,7 +8,7 @@ sequence lives in its cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -40,7 +40,7 @@ HANDLE_ATTRIBUTE = "_illava_handle"
 def patch(
     model: nn.Module,
     *,
-    plan: Plan | None = None,
+    plan: Plan | Mapping[str, Any] | str | None = None,
     fast_windows: bool = False,
     trace: bool = False,
     **settings: Any,
@@ -54,7 +54,8 @@ def patch(
     Args:
         model: a Hugging Face `...ForConditionalGeneration` or bare `...Model` of a supported family,
             also wrapped by PEFT, `torch.compile` or (Distributed)DataParallel.
-        plan: a ready-made `illava.Plan`, for example `illava.Plan.paper(0.778)`.
+        plan: a ready-made `illava.Plan`, for example `illava.Plan.paper(0.778)`; or what
+            `Plan.to_dict` or `Plan.to_json` made of one.
         fast_windows: run each encoder block's attention over all windows, frames and pictures in one
             call, merging or not. Hugging Face's SDPA and eager attention loop over them one by one;
             results differ by rounding.
@@ -79,7 +80,10 @@ def patch(
     """
     if plan is not None and settings:
         raise TypeError(f"give plan= or single settings, not both (got plan and {', '.join(settings)})")
-    plan = Plan(**settings) if plan is None else plan
+    if plan is None:
+        plan = Plan(**settings)
+    elif not isinstance(plan, Plan):
+        plan = Plan.from_json(plan) if isinstance(plan, str) else Plan.from_dict(plan)
     core = checks.unwrap(model)
     model_type = getattr(getattr(core, "config", None), "model_type", "unknown")
     family = families.family_of(model_type, type(core).__name__)

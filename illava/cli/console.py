@@ -28,7 +28,7 @@ DEBUG = "ILLAVA_DEBUG"
 
 WIDE = 140  # of tables that go into a file or another program
 out = Console(width=None if sys.stdout.isatty() else WIDE)
-notes = Console(stderr=True, highlight=False)
+notes = Console(stderr=True, width=None if sys.stderr.isatty() else WIDE, highlight=False)
 
 
 @contextmanager

@@ -56,6 +56,8 @@ def command(
     attn: o.Attn = "sdpa",
     as_json: o.Json = False,
 ) -> None:
+    if [min_agreement, speedup, max_tokens].count(None) != 2:
+        raise typer.BadParameter("give exactly one of --min-agreement, --speedup and --max-tokens")
     with finishing():
         from illava.cli.data import readable_items
         from illava.cli.tables import plan_table

@@ -159,17 +159,17 @@ def bench(
     """
     unpatched, arms = _Arm("unpatched", None), [_Arm(name, plan) for name, plan in plans.items()]
     sides = [Side(loaded.model, shown) for shown in inputs]
-    for arm in (unpatched, *arms):
-        _warm_up(arm, sides, warmup, progress)
-    if all(arm.status != OK for arm in (unpatched, *arms)):
-        raise OutOfMemoryError(
-            f"{loaded.name} does not fit with these inputs, unpatched or under any of these plans; give "
-            "smaller pictures, a smaller batch, or a higher reduction"
-        )
     done, interrupted = 0, False
     gc.collect()
     gc.freeze()  # each call collects garbage first: not through all of torch every time
     try:
+        for arm in (unpatched, *arms):
+            _warm_up(arm, sides, warmup, progress)
+        if all(arm.status != OK for arm in (unpatched, *arms)):
+            raise OutOfMemoryError(
+                f"{loaded.name} does not fit with these inputs, unpatched or under any of these plans; give "
+                "smaller pictures, a smaller batch, or a higher reduction"
+            )
         for _ in range(rounds):
             _round(unpatched, arms, sides, new_tokens, progress)
             done += 1
