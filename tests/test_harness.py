@@ -12,7 +12,7 @@ import illava
 import tiny_checkpoint
 from illava import Plan
 from illava.harness.answering import Answerer
-from illava.harness.arguments import plan_from_arguments
+from illava.harness.arguments import plan_for, plan_from_arguments
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,25 @@ def test_a_plan_from_a_file(tmp_path):
 def test_arguments_that_say_no_plan(arguments, says):
     with pytest.raises(illava.PlanError, match=says):
         plan_from_arguments(arguments)
+
+
+def test_a_plan_from_a_function_of_ones_own(checkpoint):
+    """The rivals, for example: their plans depend on the model."""
+    from rivals import at_harness
+
+    assert set(at_harness.__all__) == {"fastervlm", "fastv", "pyramiddrop", "sparsevlm", "visionzip"}
+    for name in at_harness.__all__:
+        made = plan_for({"plan": f"rivals.at_harness:{name}", "reduction": 0.75})
+        answerer = Answerer.load(str(checkpoint), made)
+        answerer.answer([turn({"type": "image", "image": photograph(112, 112)})], max_new_tokens=1)
+        (picture,) = answerer.handle.report.pictures
+        assert (picture.tokens, picture.final_tokens) == (16, 4)
+
+
+@pytest.mark.parametrize("plan", ["rivals.at_harness:nobody", "no.such.module:plan"])
+def test_a_function_that_is_not_there(plan):
+    with pytest.raises(illava.PlanError, match="names no function.*PYTHONPATH"):
+        plan_for({"plan": plan})
 
 
 @pytest.fixture(scope="module")

@@ -113,6 +113,31 @@ def test_turns_of_a_conversation():
         model.conversation([{"type": "audio", "value": "a.wav"}])
 
 
+def test_one_of_vlmevalkits_own_models_is_patched(tmp_path, monkeypatch):
+    import tiny_checkpoint
+    from illava.harness import vlmevalkit
+
+    folder = tiny_checkpoint.build(tmp_path / "tiny")
+
+    class Own(vlmevalkit.BaseModel):
+        def __init__(self):
+            super().__init__()
+            self.model = AutoModelForImageTextToText.from_pretrained(folder)
+
+    monkeypatch.setitem(vlmevalkit.supported_VLM, "own", Own)
+    monkeypatch.setitem(vlmevalkit.supported_VLM, "strange", lambda: object())
+    vlmevalkit.register_patched("own-merged", "own", vit_layers="5-9-13", llm_layers="1", reduction=0.5)
+    made = vlmevalkit.supported_VLM["own-merged"]()
+    assert isinstance(made, Own)
+    assert made.illava_handle.active
+    assert made.illava_handle.plan.vit_layers == (5, 9, 13)
+    with pytest.raises(illava.errors.DataError, match="has no model 'nobody'"):
+        vlmevalkit.register_patched("merged", "nobody")
+    vlmevalkit.register_patched("strange-merged", "strange", reduction=0.5)
+    with pytest.raises(illava.errors.DataError, match="elsewhere than in .model"):
+        vlmevalkit.supported_VLM["strange-merged"]()
+
+
 def test_a_plan_that_cannot_be_is_refused_when_it_is_registered():
     from illava.harness import vlmevalkit
 

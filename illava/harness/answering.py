@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class Answerer:
     def load(
         cls,
         checkpoint: str,
-        plan: Plan,
+        plan: Plan | Callable[[Any], Plan],
         *,
         device: str | torch.device = "cpu",
         device_map: str | None = None,
@@ -48,6 +48,7 @@ class Answerer:
 
         Args:
             checkpoint: a folder, or a name on the hub.
+            plan: or a function that makes one for the model.
             device_map: instead of `device`, how to spread the model over several.
             of_processor: for the processor's `from_pretrained`, such as `max_pixels`.
         """
@@ -62,7 +63,8 @@ class Answerer:
         if device_map is None:
             model = model.to(device)
         processor = AutoProcessor.from_pretrained(checkpoint, **of_processor)
-        return cls(model, processor, patch(model, plan=plan), frames)
+        made = plan if isinstance(plan, Plan) else plan(model)
+        return cls(model, processor, patch(model, plan=made), frames)
 
     @torch.inference_mode()
     def answer(

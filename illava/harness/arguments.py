@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,28 @@ _MADE: dict[str, Callable[..., Plan]] = {
     "release": Plan.release,
     "first_version": Plan.first_version,
 }
+
+
+def plan_for(arguments: Mapping[str, Any]) -> Plan | Callable[[Any], Plan]:
+    """A plan as `plan_from_arguments` reads it, or what makes one when it is given the model.
+
+    Args:
+        arguments: `plan` may here name a function of your own as well, `module:function`; it is called with
+            the model and the other arguments, and returns an `illava.Plan`.
+
+    Raises:
+        PlanError: no such function, and whatever `plan_from_arguments` raises.
+    """
+    module, colon, name = str(arguments.get("plan", "")).partition(":")
+    if not colon or Path(str(arguments["plan"])).is_file():
+        return plan_from_arguments(arguments)
+    others = {key: value for key, value in arguments.items() if key != "plan"}
+    try:
+        return partial(getattr(import_module(module), name), **others)
+    except (ImportError, AttributeError) as error:
+        raise PlanError(
+            f"plan={arguments['plan']!r} names no function: {error}; is its folder in PYTHONPATH?"
+        ) from error
 
 
 def plan_from_arguments(arguments: Mapping[str, Any]) -> Plan:

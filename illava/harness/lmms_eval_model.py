@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from illava.harness.answering import Answerer
-from illava.harness.arguments import plan_from_arguments
+from illava.harness.arguments import plan_for
 
 MAX_NEW_TOKENS = 128  # where a task says nothing, as lmms-eval's own Qwen2.5-VL has it
 
@@ -56,10 +56,10 @@ class PatchedModel(lmms):
             max_num_frames: of each video, spread evenly over it.
             min_pixels, max_pixels: for the processor, in families that have them.
             system_prompt: a text, or a file that holds one.
-            plan: see `illava.harness.arguments.plan_from_arguments`; `reduction=0` leaves the model as it is.
+            plan: see `illava.harness.arguments.plan_for`; `reduction=0` leaves the model as it is.
         """
         super().__init__()
-        settled = plan_from_arguments(plan)
+        settled = plan_for(plan)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         several = self._world_size > 1

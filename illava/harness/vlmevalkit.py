@@ -23,7 +23,9 @@ from vlmeval.vlm.base import BaseModel
 
 from illava.errors import DataError
 from illava.harness.answering import Answerer
-from illava.harness.arguments import plan_from_arguments
+from illava.harness.arguments import plan_for
+from illava.patching import patch
+from illava.plan import Plan
 
 MAX_NEW_TOKENS = 2048  # as VLMEvalKit's own Qwen2.5-VL has it
 
@@ -37,7 +39,7 @@ class PatchedModel(BaseModel):
         system_prompt: said before each question.
         max_new_tokens, generation: for `generate`; greedy unless `do_sample` is given.
         frames, dtype, attn, device_map: see `Answerer.load`.
-        plan: see `illava.harness.arguments.plan_from_arguments`.
+        plan: see `illava.harness.arguments.plan_for`.
     """
 
     is_api = False
@@ -62,7 +64,7 @@ class PatchedModel(BaseModel):
         self.system_prompt = system_prompt
         self.generation = {"do_sample": False, "max_new_tokens": max_new_tokens} | (generation or {})
         self.answerer = Answerer.load(
-            pretrained, plan_from_arguments(plan),
+            pretrained, plan_for(plan),
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             device_map=device_map, dtype=dtype, attn=attn, frames=frames,
         )  # fmt: skip
@@ -93,8 +95,36 @@ def register(name: str, **arguments: Any) -> None:
     The model is loaded when VLMEvalKit first asks for it; a plan that cannot be is refused now.
     """
     named = {key: value for key, value in arguments.items() if key not in _OF_MODEL}
-    plan_from_arguments(named)
+    plan_for(named)
     supported_VLM[name] = partial(PatchedModel, **arguments)
+
+
+def register_patched(name: str, original: str, **plan: Any) -> None:
+    """Let VLMEvalKit know one of its own models, patched: its prompts and its loading stay as they are.
+
+    For models whose code is published beside their weights, such as MiniCPM-V 2.6, which VLMEvalKit loads.
+
+    Args:
+        original: the name VLMEvalKit has for it, such as `"MiniCPM-V-2_6"`.
+        plan: see `illava.harness.arguments.plan_for`.
+
+    Raises:
+        DataError: VLMEvalKit has no such model; and, when it is loaded, one that holds no `model`.
+    """
+    if original not in supported_VLM:
+        raise DataError(f"VLMEvalKit has no model {original!r}; `vlmutil mlist all` prints those it has")
+    supported_VLM[name] = partial(_loaded_and_patched, supported_VLM[original], plan_for(plan))
+
+
+def _loaded_and_patched(load: Any, plan: Any, **arguments: Any) -> Any:
+    loaded = load(**arguments)
+    model = getattr(loaded, "model", None)
+    if not isinstance(model, torch.nn.Module):
+        raise DataError(
+            f"{type(loaded).__name__} holds its model elsewhere than in .model; patch it yourself"
+        )
+    loaded.illava_handle = patch(model, plan=plan if isinstance(plan, Plan) else plan(model))
+    return loaded
 
 
 _OF_MODEL = frozenset(
