@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -17,9 +17,10 @@ from illava.provenance import Provenance, Step
 from illava.see.panels import (
     ABSORBED,
     DARK,
+    EARLIER_EDGE,
+    GROUP_EDGES,
     HEAT,
     INFORMATIVE_EDGE,
-    RECYCLED_EDGE,
     draw_importance,
     draw_picture,
     draw_step,
@@ -32,8 +33,7 @@ TALLEST = 1.6  # of a panel, in widths
 DOTS_PER_INCH = 160
 GAP, LINE, MARGIN = 0.1, 0.2, 0.15  # inches
 SMALL, LARGE = 9, 11  # points
-# What a legend of one line needs; narrower figures get two.
-LEGEND_INCHES = 8.6
+LEGEND_INCHES = 2.15  # of one entry, on average
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ class Cell:
         if self.heat:
             return ""
         if self.merge is None:
-            units = sum(_patches(p.provenance, p.frame) // p.provenance.unit_side**2 for p in self.view.places)
+            units = sum(
+                _patches(p.provenance, p.frame) // p.provenance.unit_side**2 for p in self.view.places
+            )
             return f"{units:,} tokens"
         left = sum(_standing(p.provenance, p.frame, self.steps[id(p.provenance)]) for p in self.view.places)
         return f"{left:,} left"
@@ -110,7 +112,9 @@ def _draw(
     captions = [LINE if any(cell is not None and cell.caption for cell in row) else 0.0 for row in rows]
     left = MARGIN + (0.3 if any(beside) else 0.0)
     width = left + len(above) * (PANEL_INCHES + GAP) - GAP + MARGIN
-    lines = 1 if width >= LEGEND_INCHES else 2
+    entries = _legend(importance)
+    columns = max(1, int(width / LEGEND_INCHES))
+    lines = -(-len(entries) // columns)
     top = MARGIN + LINE * 1.2 + (LINE * 1.6 if title else 0.0)
     bottom = MARGIN + LINE * lines * 1.2
     height = top + sum(heights) + sum(captions) + GAP * len(rows) + bottom
@@ -141,29 +145,28 @@ def _draw(
                 draw_step(axes, cell.view, cell.steps)
             figure.text(middle, (y - 0.05) / height, cell.caption, size=SMALL, ha="center", va="top")
         y -= caption + GAP
-    _legend(figure, lines)
-    if importance:
-        _scale(figure, left, height - top)
-    return figure
-
-
-def _legend(figure: Figure, lines: int) -> None:
-    grey = "0.55"
-    entries = [
-        Patch(facecolor="white", edgecolor=INFORMATIVE_EDGE, linewidth=1.5, label="kept, untouched"),
-        Patch(facecolor="white", edgecolor=RECYCLED_EDGE, linewidth=2.5, label="kept, took in others"),
-        Line2D([], [], color=RECYCLED_EDGE, marker="o", markersize=3, label="… and what it took in"),
-        Patch(facecolor=grey, label="taken in by another"),
-        Patch(facecolor=str(DARK), label="gone"),
-    ]
     figure.legend(
         handles=entries, loc="lower center", ncols=-(-len(entries) // lines), frameon=False, fontsize=SMALL,
         handlelength=1.4, columnspacing=1.4, borderaxespad=0.3,
     )  # fmt: skip
+    return figure
 
 
-def _scale(figure: Figure, left: float, top: float) -> None:
-    ...
+def _legend(importance: bool) -> list[Patch | Line2D]:
+    group = GROUP_EDGES[0]
+    entries: list[Patch | Line2D] = [
+        Patch(facecolor="0.85", edgecolor=INFORMATIVE_EDGE, linewidth=1.5, label="kept"),
+        Line2D([], [], color=group, marker="o", markersize=4, label="took in these, now"),
+        Patch(facecolor="0.6", edgecolor=EARLIER_EDGE, linewidth=2.0, label="took in others, earlier"),
+        Patch(facecolor=str(ABSORBED), label="taken in by others"),
+        Patch(facecolor=str(DARK), label="gone"),
+    ]
+    if importance:
+        entries += [
+            Patch(facecolor=colormaps[HEAT](1.0), label="most attention"),
+            Patch(facecolor=colormaps[HEAT](0.0), label="least attention"),
+        ]
+    return entries
 
 
 def _stage_name(own: Provenance, merge: int | None, heat: bool = False) -> str:
@@ -188,6 +191,3 @@ def _standing(own: Provenance, frame: int, step: Step) -> int:
     rows, patches, _ = entries(step.stands)
     inside = (patches >= first) & (patches < first + _patches(own, frame))
     return len(torch.unique(rows[inside]))
-
-
-_ = ABSORBED, HEAT, ScalarMappable

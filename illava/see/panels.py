@@ -1,7 +1,8 @@
 """Drawing one panel: a picture, and what one merge made of its patches.
 
 Colours are Okabe and Ito's, which colour-blind readers tell apart; shapes say the same once more: kept
-patches keep their colours, gone ones are dark, recycled ones have a thick outline and lines to what they took in.
+patches keep their colours, gone ones are dark, tokens that took in others have a thick outline, and those of
+this merge lines to what they took in.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ from matplotlib.image import AxesImage
 from PIL import Image
 from torch import Tensor
 
-from illava.provenance import GONE, RECYCLED, Provenance, Step
+from illava.provenance import GONE, Provenance, Step
 from illava.see.views import Box, Place, View
 from illava.sparse import entries
 
 INFORMATIVE_EDGE = "#56B4E9"  # sky blue
-RECYCLED_EDGE = "#E69F00"  # orange
+# Orange, green, purple, vermilion, yellow, blue: one group after another.
+GROUP_EDGES = ("#E69F00", "#009E73", "#CC79A7", "#D55E00", "#F0E442", "#0072B2")
+EARLIER_EDGE = "#FFFFFF"
 HEAT = "cividis"
 LONGEST_SIDE = 512  # pixels of a picture as it is drawn
-DARK, ABSORBED = 0.16, 0.30  # brightness of what is gone, and of what a token took in
+DARK, ABSORBED = 0.12, 0.45  # brightness of what is gone, and of what a token took in
 # A token that reads more patches than this many merge units stands nowhere in particular.
 PLACED_UNITS = 9
 # Lines thinner than this share of a token are left out.
@@ -76,6 +79,7 @@ def draw_step(axes: Axes, view: View, steps: dict[int, Step]) -> None:
     grey = canvas.mean(axis=2, keepdims=True) * 0.8 + 0.1
     kept = np.clip((brightness - ABSORBED) / (1 - ABSORBED), 0, 1)[..., None]
     axes.imshow(canvas * kept + grey * brightness[..., None] * (1 - kept), interpolation="none")
+    axes.autoscale(False)
     if placed:
         for place in view.places:
             _outline(axes, canvas.shape, place, steps[id(place.provenance)])
@@ -146,31 +150,33 @@ def _paint(canvas: np.ndarray, place: Place, values: np.ndarray) -> None:
 
 
 def _outline(axes: Axes, shape: tuple[int, ...], place: Place, step: Step) -> None:
-    """Thin lines around what is kept, thick ones around recycled tokens, and lines to what they took in."""
+    """Thin lines around what is kept, thick ones around what took in others, and lines to what it took in."""
     own, grid = place.provenance, _grid(shape, place)
     state = own.maps(step.state)[place.frame].numpy()
-    kept = LineCollection(_edges(grid, state != GONE), colors=INFORMATIVE_EDGE, linewidths=0.7)
-    axes.add_collection(kept)
-    mixed = own.maps(_mixed(step))[place.frame].numpy()
-    spokes, widths, hubs = [], [], []
-    for hub, sources in _groups(own, step, place.frame):
-        middle = _middle(grid, hub)
-        hubs.append(middle)
-        for patch, weight in sources:
-            if weight >= THIN and patch != hub:
-                spokes.append((middle, _middle(grid, patch)))
-                widths.append(0.6 + 1.6 * weight)
-    axes.add_collection(LineCollection(spokes, colors=RECYCLED_EDGE, linewidths=widths, alpha=0.9))
-    axes.add_collection(LineCollection(_edges(grid, mixed), colors=RECYCLED_EDGE, linewidths=1.5))
-    if hubs:
-        axes.plot(*np.array(hubs).T, "o", color=RECYCLED_EDGE, markersize=2.6, markeredgewidth=0)
+    axes.add_collection(LineCollection(_edges(grid, state != GONE), colors=INFORMATIVE_EDGE, linewidths=0.7))
+    earlier = own.maps(_where(step, step.mixed & ~step.recycled))[place.frame].numpy()
+    axes.add_collection(LineCollection(_edges(grid, earlier), colors=EARLIER_EDGE, linewidths=1.4))
+    for number, group in enumerate(_groups(own, step, place.frame)):
+        colour = GROUP_EDGES[number % len(GROUP_EDGES)]
+        hub = _middle(grid, group.hub)
+        near = [(_middle(grid, point), weight) for point, weight in group.sources if weight >= THIN]
+        for colours, wider in (("black", 1.2), (colour, 0.0)):  # a dark rim shows lines on any picture
+            spokes = LineCollection(
+                [(hub, point) for point, _ in near],
+                colors=colours,
+                linewidths=[0.7 + 1.6 * weight + wider for _, weight in near],
+            )
+            axes.add_collection(spokes)
+            around = LineCollection(_edges(grid, group.cells), colors=colours, linewidths=1.8 + wider)
+            axes.add_collection(around)
+        axes.plot(*hub, "o", color=colour, markersize=3.2, markeredgecolor="black", markeredgewidth=0.5)
 
 
-def _mixed(step: Step) -> Tensor:
-    """`[P]` bool, where tokens with features of others in them stand."""
+def _where(step: Step, tokens: Tensor) -> Tensor:
+    """`[P]` bool, where those of the tokens `[n]` stand."""
     rows, patches, _ = entries(step.stands)
     marked = torch.zeros(step.stands.shape[1], dtype=torch.bool)
-    marked[patches[step.mixed[rows]]] = True
+    marked[patches[tokens[rows]]] = True
     return marked
 
 
@@ -189,15 +195,30 @@ def _edges(grid: Grid, inside: np.ndarray) -> list[list[tuple[float, float]]]:
 Point = tuple[float, float]
 
 
-def _groups(own: Provenance, step: Step, frame: int) -> Iterator[tuple[Point, list[tuple[Point, float]]]]:
-    """Of each token on a frame that is made of several: where it stands, and its sources on the frame.
+@dataclass(frozen=True)
+class Group:
+    """A token that took in others, on one frame.
 
-    Places are in patches, those of a merge unit taken together.
+    Attributes:
+        hub: the middle of where it stands, in patches.
+        cells: `[rows, columns]` bool, where it stands.
+        sources: the middles of the merge units it took in, in patches, and their weights.
     """
+
+    hub: Point
+    cells: np.ndarray
+    sources: list[tuple[Point, float]]
+
+
+def _groups(own: Provenance, step: Step, frame: int) -> Iterator[Group]:
+    """Those of this merge alone: lines of earlier ones would hide them."""
     first = sum(h * w for h, w in own.frames[:frame])
     height, width = own.frames[frame]
     for row, patches, weights in step.groups():
-        stand = _units(*_own(*_row(step.stands, row), first, height * width), width, own.unit_side)
+        if not step.recycled[row]:
+            continue
+        standing = _own(*_row(step.stands, row), first, height * width)
+        stand = _units(*standing, width, own.unit_side)
         if not stand:
             continue
         total = sum(stand.values())
@@ -205,8 +226,11 @@ def _groups(own: Provenance, step: Step, frame: int) -> Iterator[tuple[Point, li
             sum(x * w for (x, _), w in stand.items()) / total,
             sum(y * w for (_, y), w in stand.items()) / total,
         )
+        cells = torch.zeros(height * width, dtype=torch.bool)
+        cells[standing[0]] = True
         sources = _units(*_own(patches, weights, first, height * width), width, own.unit_side)
-        yield hub, [(place, weight) for place, weight in sources.items() if place not in stand]
+        taken = [(place, weight) for place, weight in sources.items() if place not in stand]
+        yield Group(hub, cells.view(height, width).numpy(), taken)
 
 
 def _row(x: Tensor, row: int) -> tuple[Tensor, Tensor]:

@@ -32,8 +32,9 @@ def visualize(
 ) -> Image.Image:
     """Draw where the tokens went: the pictures, and what every merge left of them.
 
-    What is kept keeps its colours, what is gone is dark. Outlined in orange are tokens that took in
-    others, with lines to what they took in; the rest of the kept ones are untouched.
+    What is kept keeps its colours; what is gone is dark, and less so what lives on in another token. A
+    thick outline marks tokens that took in others: in colours, with lines to what they took in, those of
+    the merge drawn; in white those of earlier ones.
 
     Args:
         report: of a model patched with `trace=True`, after a call.

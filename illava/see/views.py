@@ -124,9 +124,7 @@ def _of_video(name: str, group: Sequence[Provenance], frames: list[Image.Image],
     drawn = min(most, len(places))
     chosen = [i * len(places) // drawn for i in range(drawn)]
     own = [i * len(frames) // len(places) for i in chosen]
-    return [
-        View(f"{name}frame {f + 1}", frames[f], (places[i],)) for i, f in zip(chosen, own, strict=True)
-    ]
+    return [View(f"{name}frame {f + 1}", frames[f], (places[i],)) for i, f in zip(chosen, own, strict=True)]
 
 
 def _laid_out(picture: Image.Image, tiles: int, *, padded: bool) -> tuple[Image.Image, list[Box]]:
