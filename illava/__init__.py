@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         MissingExtraError,
         NoPlanError,
         OutOfMemoryError,
+        PictureError,
         PlanError,
         SeamError,
         UnsupportedInputError,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from illava.provenance import Provenance, Step
     from illava.report import Report
     from illava.schedule import ModelPlan
+    from illava.see.show import visualize
 
 __version__ = "0.1.0"
 
@@ -52,6 +54,7 @@ _HOME = {
     "Report": "illava.report",
     "Provenance": "illava.provenance",
     "Step": "illava.provenance",
+    "visualize": "illava.see.show",
     "IllavaError": "illava.errors",
     "PlanError": "illava.errors",
     "UnsupportedModelError": "illava.errors",
@@ -65,6 +68,7 @@ _HOME = {
     "MissingExtraError": "illava.errors",
     "NoPlanError": "illava.errors",
     "OutOfMemoryError": "illava.errors",
+    "PictureError": "illava.errors",
 }
 
 __all__ = [
@@ -80,6 +84,7 @@ __all__ = [
     "ModelPlan",
     "NoPlanError",
     "OutOfMemoryError",
+    "PictureError",
     "Plan",
     "PlanError",
     "Provenance",
@@ -91,6 +96,7 @@ __all__ = [
     "patch",
     "supported_models",
     "unpatch",
+    "visualize",
 ]
 
 

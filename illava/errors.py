@@ -53,3 +53,7 @@ class NoPlanError(IllavaError, LookupError):
 
 class OutOfMemoryError(IllavaError, MemoryError):
     """A model and its inputs that do not fit; says what would."""
+
+
+class PictureError(IllavaError, ValueError):
+    """Pictures to draw that are not those of the report, or a report with nothing to draw."""
