@@ -82,7 +82,9 @@ def test_chunked_prefill_of_pictures(family):
     A chunk with tokens of several pictures is refused, see tests/trust/test_calls.py.
     """
     kinds = zoo.FAMILIES[family].KINDS
-    whole = "one picture, 4x" if "one picture, 4x" in kinds else "one picture"  # MiniCPM-V's others are sliced
+    whole = (
+        "one picture, 4x" if "one picture, 4x" in kinds else "one picture"
+    )  # MiniCPM-V's others are sliced
     model, inputs = tools.build(family), tools.prompt_of(family, whole)
     chunks = dict(prefill_chunk_size=24)
     expected = tools.greedy(model, inputs, **chunks)
