@@ -69,7 +69,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("folder", type=Path, help="where to write; made if it is not there")
     add("--tasks", nargs="+", default=["find", "count"], choices=tasks.TASKS)
-    add("--items", type=int, default=100, help="of each task")
+    add("--items", type=int, default=50, help="of each task")
     add("--side", type=int, default=192, choices=(96, 128, 192, 256), help="pixels of a picture's side")
     add("--split", default="validation", choices=[s for s in material.SPLITS if s != "train"])
     return parser.parse_args(arguments)

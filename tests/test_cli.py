@@ -19,8 +19,10 @@ from illava import families
 from illava.cli import app, console
 from illava.cli.options import plan_of, plans_of, spread
 from illava.evaluate.found import describe
+from questions import write_questions
 
 ROOT = Path(__file__).parent.parent
+READER = ROOT / "checkpoints" / "qwen2_5_vl"
 
 
 @pytest.fixture(autouse=True)
@@ -217,6 +219,26 @@ def test_without_its_extra_a_plot_is_a_note(checkpoint, illava_says, monkeypatch
     assert status == 0
     assert "50 %" in said
     assert 'pip install "illava[evaluate]"' in error
+
+
+@pytest.mark.slow
+def test_an_answer_comes_piece_by_piece(illava_says, tmp_path, monkeypatch):
+    (line, *_) = map(json.loads, write_questions(tmp_path, ("video",), 1).read_text().splitlines())
+    pieces = []
+    show = console.out.print
+
+    def hear(*said, **how):
+        pieces.append(said)
+        show(*said, **how)
+
+    monkeypatch.setattr(console.out, "print", hear)
+    asked = ["--video", tmp_path / line["video"], "--prompt", line["prompt"], "--reduction", 0]
+    status, said, error = illava_says("run", READER, *asked)
+    assert (status, said) == (0, line["answer"] + "\n")
+    words = line["answer"].split()
+    assert len(words) == 3
+    assert [piece[0].strip() for piece in pieces if piece and piece[0]] == words
+    assert "nothing was merged" in error
 
 
 # Options ----------------------------------------------------------------------------------------

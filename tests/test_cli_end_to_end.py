@@ -1,4 +1,4 @@
-"""Every command as its users run it: a process of its own, a trained checkpoint folder, pictures and clips."""
+"""Every command as its users run it: a process of its own, a trained checkpoint, pictures and clips."""
 
 import json
 import os
@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from questions import write_questions
 
 import illava
-import tiny_checkpoint
 from illava import evaluate, jobs
+from questions import write_questions
 
 ROOT = Path(__file__).resolve().parent.parent
 READER = ROOT / "checkpoints" / "qwen2_5_vl"
@@ -103,16 +102,6 @@ def test_run_answers_a_picture_and_says_what_was_merged(says, data):
     out, report = says("run", READER, "--image", picture, "--prompt", prompt, "--reduction", 0.3)
     assert out.strip() == answer
     assert "36 visual tokens" in report
-
-
-def test_run_streams(start, data, tmp_path):
-    tiny = tiny_checkpoint.build(tmp_path / "tiny")  # it does not know when to stop
-    job = start("run", tiny, "--image", asked(data)[0], "--max-new-tokens", 60)
-    pieces = list(iter(lambda: os.read(job.stdout.fileno(), 1 << 16), b""))
-    job.communicate(timeout=60)
-    assert job.returncode == 0
-    assert len(pieces) > 5
-    assert max(map(len, pieces)) < len(b"".join(pieces)) / 2
 
 
 def test_run_compares_answers_about_a_clip(says, clips):
@@ -234,8 +223,9 @@ def test_models_and_help(says):
     assert "qwen2_5_vl" in says("models")[0]
     found = json.loads(says("models", READER, "--json")[0])
     assert (found["model_type"], found["vit_layers"]) == ("qwen2_5_vl", [1, 3])
+    shown = says("--help")[0]
     for command in ("run", "bench", "fidelity", "plan", "models"):
-        assert command in says("--help")[0]
+        assert f"illava {command}" in shown or f" {command} " in shown
 
 
 def test_bad_input_is_a_sentence(says, data, tmp_path):
