@@ -40,7 +40,10 @@ def finishing(kept: str = "") -> Iterator[None]:
         kept: said after Ctrl-C: where to find what was finished.
     """
     try:
-        _quiet_libraries()
+        with busy("starting"):
+            import torch  # noqa: F401  # takes seconds, wherever it comes first
+
+            _quiet_libraries()
         yield
     except IllavaError as error:
         _fail(error, str(error), NOT_REACHED if isinstance(error, NoPlanError) else FAILED)
