@@ -52,8 +52,8 @@ class Grid:
 def drawn(picture: Image.Image) -> np.ndarray:
     """A picture at the size it is drawn at, `[height, width, 3]` from 0 to 1."""
     scale = LONGEST_SIDE / max(picture.size)
-    size = tuple(max(1, round(length * scale)) for length in picture.size)
-    return np.asarray(picture.convert("RGB").resize(size, Image.Resampling.LANCZOS), dtype=float) / 255
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    return np.asarray(picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)) / 255.0
 
 
 def draw_picture(axes: Axes, view: View) -> None:

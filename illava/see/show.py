@@ -77,8 +77,8 @@ def _traced(report: Report | None, row: int) -> list[Provenance]:
     """The provenance of one row's pictures."""
     if report is None or report.provenance is None:
         raise PictureError(
-            "this report does not tell where tokens came from; patch with illava.patch(model, trace=True) and "
-            "call the model again"
+            "this report does not tell where tokens came from; patch with illava.patch(model, trace=True) "
+            "and call the model again"
         )
     own = [p for p in report.provenance if p.row == row]
     if not own:

@@ -61,19 +61,20 @@ def views(own: Sequence[Provenance], shown: Sequence[Shown], most_frames: int) -
         PictureError: others than those of the report, or as many frames as it does not know.
     """
     found: list[View] = []
-    kinds = {kind: [p for p in own if p.kind == kind] for kind in ("image", "video")}
     pictures = [x for x in shown if isinstance(x, Image.Image)]
     videos = [x for x in shown if not isinstance(x, Image.Image)]
-    if videos and not kinds["video"]:  # a family that takes its frames for pictures
+    if videos and all(p.kind != "video" for p in own):  # a family that takes its frames for pictures
         pictures = [frame for x in shown for frame in (x if isinstance(x, list) else [x])]
         videos = []
-    for (kind, ours), theirs in zip(kinds.items(), (pictures, videos), strict=True):
+    given: dict[str, Sequence[Shown]] = {"image": pictures, "video": videos}
+    for kind, theirs in given.items():
+        ours = [p for p in own if p.kind == kind]
         groups = _grouped(ours, theirs) if theirs and _slices(ours) else [[p] for p in ours]
         if len(groups) != len(theirs):
             raise PictureError(
-                f"the report tells of {len(groups)} {kind}{'' if len(groups) == 1 else 's'}, and {len(theirs)} "
-                "came to be drawn; pass those of one batch row (row=0 says which) as they went into the "
-                "processor, a video as a list of its frames"
+                f"the report tells of {len(groups)} {kind}{'' if len(groups) == 1 else 's'}, and "
+                f"{len(theirs)} came to be drawn; pass those of one batch row (row=0 says which) as they "
+                "went into the processor, a video as a list of its frames"
             )
         for number, (group, one) in enumerate(zip(groups, theirs, strict=True)):
             name = kind if len(theirs) == 1 else f"{kind} {number + 1}"
@@ -114,12 +115,12 @@ def _of_picture(name: str, group: Sequence[Provenance], picture: Image.Image) ->
 
 
 def _of_video(name: str, group: Sequence[Provenance], frames: list[Image.Image], most: int) -> list[View]:
-    """A view for each of at most so many frames the encoder saw, each of which may be several of the video's."""
+    """A view of each of at most so many frames that the encoder saw; one may be several of the video's."""
     places = [Place(p, i) for p in group for i in range(len(p.frames))]
     if not places or len(frames) < len(places):
         raise PictureError(
-            f"the encoder saw {len(places)} frames or pairs of frames of the video, and {len(frames)} came to be "
-            "drawn; pass those that the processor took"
+            f"the encoder saw {len(places)} frames or pairs of frames of the video, and {len(frames)} came "
+            "to be drawn; pass those that the processor took"
         )
     drawn = min(most, len(places))
     chosen = [i * len(places) // drawn for i in range(drawn)]
@@ -240,6 +241,6 @@ def _shown(given: object) -> Shown:
         return Image.fromarray(array) if array.ndim == 3 else [Image.fromarray(x) for x in array]
     what = f"{type(given).__name__} of {array.dtype} and shape {array.shape}"
     raise PictureError(
-        f"a picture is a PIL image or an array [height, width, 3] of uint8, a video a list of them or an array "
-        f"[frames, height, width, 3]; got {what}"
+        "a picture is a PIL image or an array [height, width, 3] of uint8, a video a list of them or an "
+        f"array [frames, height, width, 3]; got {what}"
     )
