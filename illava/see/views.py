@@ -124,8 +124,12 @@ def _of_video(name: str, group: Sequence[Provenance], frames: list[Image.Image],
         )
     drawn = min(most, len(places))
     chosen = [i * len(places) // drawn for i in range(drawn)]
-    own = [i * len(frames) // len(places) for i in chosen]
-    return [View(f"{name}frame {f + 1}", frames[f], (places[i],)) for i, f in zip(chosen, own, strict=True)]
+    found = []
+    for i in chosen:
+        start, end = (j * len(frames) // len(places) for j in (i, i + 1))
+        which = f"frame {end}" if end - start == 1 else f"frames {start + 1}–{end}"
+        found.append(View(name + which, frames[start], (places[i],)))
+    return found
 
 
 def _laid_out(picture: Image.Image, tiles: int, *, padded: bool) -> tuple[Image.Image, list[Box]]:
