@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from illava.provenance import GONE, Step
-from illava.see.views import Box, Place, View
+from illava.see.tiles import Box
+from illava.see.views import Place, View
 from illava.sparse import entries
 
 # Orange, green, purple, vermilion, yellow, blue: one recycled token after another.

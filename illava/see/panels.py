@@ -18,7 +18,8 @@ from torch import Tensor
 from illava.provenance import GONE, Step
 from illava.see import paint
 from illava.see.paint import Grid, Steps
-from illava.see.views import WHOLE, Place, View
+from illava.see.tiles import WHOLE
+from illava.see.views import Place, View
 from illava.sparse import entries
 
 INFORMATIVE_EDGE = "#56B4E9"  # sky blue

@@ -57,15 +57,16 @@ def visualize(
     """
     for package in ("matplotlib.figure", "PIL.Image"):
         required(package, "see")
-    from illava.see import figure, views
+    from illava.see import figure, given, views
 
     if save is not None and Path(save).suffix.lower() not in FILES:
         raise PictureError(f"save={str(save)!r}: what is drawn is written as {', '.join(FILES)}")
     if frames < 1:
         raise PictureError(f"frames={frames}: at least one frame of a video is drawn")
     own = _traced(report, row)
-    video = len(own) == 1 and own[0].kind == "video"
-    found = views.views(own, views.as_pictures(pictures, video=video), frames)
+    shown = given.as_pictures(pictures, video=all(p.kind == "video" for p in own))
+    found = views.views(own, shown, frames)
+    video = len(shown) == 1 and isinstance(shown[0], list)
     numbers = _chosen(len(own[0].merges), merges)
     drawn = figure.compose(found, numbers, importance=importance, title=title, video=video)
     if save is not None:
