@@ -51,6 +51,21 @@ def refuse_unserved(attention_mask: Any, position_ids: Tensor | None, batch: int
             )
 
 
+def refuse_router_logits(wanted: bool) -> None:
+    """Refuse to record the router of a mixture of experts where tokens leave between its layers.
+
+    Hugging Face makes the load-balancing loss of them and of the caller's mask, which has another length.
+
+    Raises:
+        UnsupportedInputError: it was asked for.
+    """
+    if wanted:
+        raise UnsupportedInputError(
+            "output_router_logits=True: the load-balancing loss counts every token in every layer, and merged "
+            "tokens pass the router no more; leave it out, or remove the patch while that loss is needed"
+        )
+
+
 def refuse_chunks(visual: VisualInput | None, chunk: int) -> None:
     """Refuse a prompt whose chunks hold tokens of several pictures.
 

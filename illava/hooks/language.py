@@ -19,12 +19,14 @@ from illava.refusals import (
     refuse_checkpointing,
     refuse_chunks,
     refuse_presses,
+    refuse_router_logits,
     refuse_unserved,
 )
 from illava.report import build_report
 from illava.vision import is_dead
 
 RECORDED = ("output_hidden_states", "output_attentions")
+FEATURES = ("image_hidden_states", "video_hidden_states")  # fields of the model's output
 
 
 class LanguageHooks:
@@ -57,6 +59,9 @@ class LanguageHooks:
     def leave_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         self.state.visual.set(None)
         self.state.left.set(())
+        for name in FEATURES:
+            if (features := getattr(output, name, None)) is not None:
+                setattr(output, name, _without_marks(features))
         return self.restore_recorded(output)
 
     def restore_recorded(self, output: Any) -> Any:
@@ -114,6 +119,8 @@ class LanguageHooks:
             call.grids = [p.token_grid(self.seams.merge_size) for p in self.state.last.pictures]
         if not merged and not call.changes_length:
             return None
+        if call.changes_length:
+            refuse_router_logits(self._wanted(module, call_args, "output_router_logits"))
         if cache is None and self._wants_cache(module, call_args):
             cache = call_args["past_key_values"] = DynamicCache(config=module.config)
         sequence.check_cache(cache)
@@ -212,7 +219,7 @@ class LanguageHooks:
             return (call.leave(output[0], depth), *output[1:])
         output.last_hidden_state = call.leave(output.last_hidden_state, depth)
         recorded: dict[str, Any] = {}
-        if getattr(output, "attentions", None) is not None:
+        if getattr(output, "attentions", None):  # an empty tuple where the kernel has no weights to give
             # One entry a layer, or (Qwen3.5) one for each layer that has such weights.
             given = self.scoring if len(output.attentions) == len(self.scoring) else range(depth)
             pairs = zip(output.attentions, given, strict=True)
@@ -228,3 +235,10 @@ class LanguageHooks:
             recorded["hidden_states"] = output.hidden_states
         self.state.recorded.set(recorded)
         return output
+
+
+def _without_marks(features: Any) -> Any:
+    """Features as a caller may read them: zero, like hidden states, where the encoder merged a token away."""
+    if isinstance(features, torch.Tensor):
+        return features.masked_fill(is_dead(features)[..., None], 0.0)
+    return type(features)(_without_marks(x) for x in features)

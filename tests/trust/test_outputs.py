@@ -7,6 +7,7 @@ import torch
 from transformers import TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
+import illava
 import zoo
 from contract import tools
 from trust.plain import each_family, inputs_of, patched, plain_of
@@ -128,6 +129,47 @@ def test_asked_for_in_the_config(family, name, monkeypatch):
     if found is None:
         pytest.skip(f"without illava, too, the model gives no {name} for what its config says")
     assert all(map(torch.equal, found, expected))
+
+
+@claimed("attention weights asked of SDPA, which has none to give", "as many as without illava: none")
+@each_family
+def test_attentions_of_sdpa(family):
+    model, inputs = tools.build(family), inputs_of(family, "one picture")
+    expected = tools.forward(model, inputs, output_attentions=True).attentions
+    with patched(family):
+        found = tools.forward(model, inputs, output_attentions=True)
+        assert torch.equal(found.logits, tools.forward(model, inputs).logits)
+    assert [x is None for x in found.attentions or ()] == [x is None for x in expected or ()]
+    assert all(x is None for x in found.attentions or ())
+
+
+@claimed("image_hidden_states", "the features of the survivors, zero where the encoder merged a token away")
+@each_family
+def test_image_hidden_states(family):
+    model, inputs = tools.build(family), inputs_of(family, "one picture")
+    if not hasattr(tools.forward(model, inputs), "image_hidden_states"):
+        pytest.skip("the model's output has no such field")
+    with patched(family) as handle:
+        features = tools.forward(model, inputs).image_hidden_states
+        (picture,) = handle.report.pictures
+    rows = features if isinstance(features, torch.Tensor) else torch.cat(list(features))
+    rows = rows.flatten(0, -2)
+    assert rows.isfinite().all()
+    assert 0 < int((~rows.any(dim=-1)).sum()) == picture.tokens - picture.entered_tokens
+
+
+@pytest.mark.claim(
+    "Outputs", "output_router_logits", "refused", "the load-balancing loss would count tokens that are gone"
+)
+def test_router_logits():
+    family = "qwen3_vl_moe"
+    model, inputs = tools.build(family), inputs_of(family, "one picture")
+    tools.forward(model, inputs, output_router_logits=True)
+    with patched(family):
+        with pytest.raises(illava.UnsupportedInputError, match="output_router_logits.*remove the patch"):
+            tools.forward(model, inputs, output_router_logits=True)
+        text = inputs_of(family, "text only")
+        assert tools.forward(model, text, output_router_logits=True).aux_loss > 0
 
 
 @claimed("attention weights of a padded batch", "each row's are those it has alone")
