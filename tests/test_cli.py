@@ -176,6 +176,23 @@ def test_command_lines_that_make_no_sense(checkpoint, picture, illava_says):
     assert "give for example 896x1344" in illava_says("bench", checkpoint, "--size", "big")[2]
 
 
+def test_where_results_cannot_go(checkpoint, picture, illava_says, tmp_path):
+    (tmp_path / "file").write_text("")
+    for path, reason in (
+        (tmp_path, "is a folder; give a file in it"),
+        (tmp_path / "file/plan.json", "cannot"),
+    ):
+        plan = ["plan", checkpoint, "--data", picture, "--speedup", 1.2, "--out", path]
+        for command in (plan, ["bench", checkpoint, "--plot", path]):
+            status, said, error = illava_says(*command)
+            assert (status, said) == (1, ""), command
+            assert reason in error
+            assert str(path) in error
+    status, said, error = illava_says("bench", checkpoint, "--plot", tmp_path / "plot")
+    assert (status, said) == (1, "")
+    assert "give a path in .png" in error
+
+
 def test_a_plan_out_of_reach_has_a_status_of_its_own(checkpoint, picture, illava_says):
     status, said, error = illava_says(
         "plan", checkpoint, "--data", picture, "--max-tokens", 100_000, "--max-new-tokens", 2
