@@ -70,7 +70,7 @@ class Found:
     def faster_than_default(self) -> float | None:
         """How many times sooner the first token comes than under `default`.
 
-        Both were timed in turns with the unpatched model, and each stands by its ratio to that model's times in
+        Both were timed in turns with the unpatched model, and each stands by its ratio to that model in
         the same rounds: so a machine that is busy now and then slows both sides.
         """
         rows = {row.name: row.figures.get("ttft_ms") for row in (self.speed.rows if self.speed else ())}
