@@ -108,6 +108,17 @@ def test_a_broken_line_is_named_and_left_out(checkpoint, picture, illava_says, t
     assert "is not JSON" in error
 
 
+def test_results_of_another_question_are_not_gone_on_with(checkpoint, picture, illava_says):
+    for command, name in (("run", "answers"), ("fidelity", "fidelity")):
+        line = [command, checkpoint, "--data", picture, "--max-new-tokens", 2, "--out", f"{name}.jsonl"]
+        assert illava_says(*line, "--prompt", "what is this?")[0] == 0
+        assert illava_says(*line, "--prompt", "what is this?")[0] == 0
+        status, said, error = illava_says(*line, "--prompt", "and this?")
+        assert (status, said) == (1, "")
+        assert _matches("prompt was 'what is this\\?' and is now 'and this\\?'. Give another file", error)
+        assert _matches("frames was 16", illava_says(*line, "--prompt", "what is this?", "--frames", 4)[2])
+
+
 def test_folders_that_are_no_checkpoint(checkpoint, picture, illava_says, tmp_path):
     bare, other, torn = tmp_path / "bare", tmp_path / "other", tmp_path / "torn"
     (tmp_path / "nothing").mkdir()
