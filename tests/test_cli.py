@@ -108,6 +108,17 @@ def test_a_broken_line_is_named_and_left_out(checkpoint, picture, illava_says, t
     assert "is not JSON" in error
 
 
+def test_results_of_another_question_are_not_gone_on_with(checkpoint, picture, illava_says):
+    for command, name in (("run", "answers"), ("fidelity", "fidelity")):
+        line = [command, checkpoint, "--data", picture, "--max-new-tokens", 2, "--out", f"{name}.jsonl"]
+        assert illava_says(*line, "--prompt", "what is this?")[0] == 0
+        assert illava_says(*line, "--prompt", "what is this?")[0] == 0
+        status, said, error = illava_says(*line, "--prompt", "and this?")
+        assert (status, said) == (1, "")
+        assert _matches("prompt was 'what is this\\?' and is now 'and this\\?'. Give another file", error)
+        assert _matches("frames was 16", illava_says(*line, "--prompt", "what is this?", "--frames", 4)[2])
+
+
 def test_folders_that_are_no_checkpoint(checkpoint, picture, illava_says, tmp_path):
     bare, other, torn = tmp_path / "bare", tmp_path / "other", tmp_path / "torn"
     (tmp_path / "nothing").mkdir()
@@ -174,6 +185,23 @@ def test_command_lines_that_make_no_sense(checkpoint, picture, illava_says):
         assert status == 1
         assert reason in error
     assert "give for example 896x1344" in illava_says("bench", checkpoint, "--size", "big")[2]
+
+
+def test_where_results_cannot_go(checkpoint, picture, illava_says, tmp_path):
+    (tmp_path / "file").write_text("")
+    for path, reason in (
+        (tmp_path, "is a folder; give a file in it"),
+        (tmp_path / "file/plan.json", "cannot"),
+    ):
+        plan = ["plan", checkpoint, "--data", picture, "--speedup", 1.2, "--out", path]
+        for command in (plan, ["bench", checkpoint, "--plot", path]):
+            status, said, error = illava_says(*command)
+            assert (status, said) == (1, ""), command
+            assert reason in error
+            assert str(path) in error
+    status, said, error = illava_says("bench", checkpoint, "--plot", tmp_path / "plot")
+    assert (status, said) == (1, "")
+    assert "give a path in .png" in error
 
 
 def test_a_plan_out_of_reach_has_a_status_of_its_own(checkpoint, picture, illava_says):

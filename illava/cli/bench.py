@@ -64,6 +64,9 @@ def command(
     with finishing():
         plans = o.plans_of(reduction, vit_layers, llm_layers, encoder_share, plan_files)
         height, width = _sides(size)
+        o.output_file("--plot", plot)
+        if plot.suffix.lower() not in (".png", ".svg", ".pdf"):
+            raise DataError(f"--plot {plot} does not say what to draw; give a path in .png, .svg or .pdf")
         from illava.cli.tables import bench_table
         from illava.evaluate.loading import load
         from illava.evaluate.speed import bench, calls

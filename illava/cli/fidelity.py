@@ -65,7 +65,10 @@ def command(
                 FidelityWork.factory(model, plans, max_new_tokens=max_new_tokens, **loading),
                 results,
                 batch_size=batch_size, engine=engine.value, workers=workers, frames=frames, console=notes,
-                settings={"model": model, "plans": named, "max_new_tokens": max_new_tokens, **loading},
+                settings={
+                    "model": model, "plans": named, "prompt": prompt, "frames": frames,
+                    "max_new_tokens": max_new_tokens, **loading,
+                },
             )  # fmt: skip
         except KeyboardInterrupt:
             interrupted = True

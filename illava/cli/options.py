@@ -190,6 +190,21 @@ def plans_of(
     return plans | {str(file): read_plan(file) for file in files or ()}
 
 
+def output_file(option: str, file: Path) -> Path:
+    """A file that a command will write, its folder made: what took minutes is not lost for want of one.
+
+    Raises:
+        DataError: no file can be written there.
+    """
+    if file.is_dir():
+        raise DataError(f"{option} {file} is a folder; give a file in it")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{option} {file}: its folder cannot be made: {error.strerror}") from error
+    return file
+
+
 def read_plan(file: Path) -> Plan:
     """A plan from a JSON file.
 

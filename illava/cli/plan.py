@@ -71,6 +71,8 @@ def command(
             "max_tokens": max_tokens,
         }
         check_target(target)
+        if file is not None:
+            o.output_file("--out", file)
         items = readable_items(data, prompt, limit, frames)
         with busy(f"loading {model}"):
             loaded = load(model, device=device, dtype=dtype, attn=attn)

@@ -139,10 +139,13 @@ def _many(
         items,
         AnswerWork.factory(model, plan, max_new_tokens=max_new_tokens, **loading),
         results,
-        settings={"model": model, "plan": plan.to_dict(), "max_new_tokens": max_new_tokens, **loading},
+        settings={
+            "model": model, "plan": plan.to_dict(), "prompt": prompt, "frames": job["frames"],
+            "max_new_tokens": max_new_tokens, **loading,
+        },
         console=notes,
         **job,
-    )
+    )  # fmt: skip
     if as_json:
         print_json(
             {

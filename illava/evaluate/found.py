@@ -68,10 +68,16 @@ class Found:
 
     @property
     def faster_than_default(self) -> float | None:
-        """How many times sooner the first token comes than under `default`; of medians of one run."""
-        times = {row.name: row.figures.get("ttft_ms") for row in (self.speed.rows if self.speed else ())}
-        default, best = times.get(DEFAULT), times.get(BEST)
-        return None if default is None or best is None else default.value.value / best.value.value
+        """How many times sooner the first token comes than under `default`.
+
+        Both were timed in turns with the unpatched model, and each stands by its ratio to that model in
+        the same rounds: so a machine that is busy now and then slows both sides.
+        """
+        rows = {row.name: row.figures.get("ttft_ms") for row in (self.speed.rows if self.speed else ())}
+        ratios = [figure.ratio for name in (BEST, DEFAULT) if (figure := rows.get(name)) is not None]
+        if len(ratios) < 2 or ratios[0] is None or ratios[1] is None:
+            return None
+        return ratios[0].value / ratios[1].value
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
