@@ -28,7 +28,7 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 READER = ROOT / "checkpoints" / "qwen2_5_vl"
-QUALITY, WIDEST, TALLEST = 86, 1400, 1000  # of the files, in pixels: a page shows no more
+QUALITY, WIDEST, TALLEST = 82, 1400, 1000  # of the files, in pixels: a page shows no more
 PHOTOGRAPH = 384, 256
 
 

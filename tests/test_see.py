@@ -1,8 +1,11 @@
 """`illava.visualize`: what is drawn is what the report tells, in pixels, numbers and words."""
 
 import io
+import re
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -365,6 +368,30 @@ def test_no_words_overlap(kind, drawn):
             across = min(box.x1, other.x1) - max(box.x0, other.x0)
             down = min(box.y1, other.y1) - max(box.y0, other.y0)
             assert min(across, down) < 1, "these overlap by more than a pixel"
+
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/see.md"])
+def test_pictures_of_the_documents_are_there_and_small(page):
+    text = (ROOT / page).read_text()
+    shown_there = [(ROOT / page).parent / name for name in re.findall(r"!\[[^]]*\]\(([^)]*see[^)]*)\)", text)]
+    assert shown_there
+    for file in shown_there:
+        assert file.stat().st_size < 200_000
+        with Image.open(file) as picture:
+            assert max(picture.size) <= 1400
+
+
+@pytest.mark.slow
+def test_the_example_draws_them(tmp_path):
+    command = [sys.executable, ROOT / "examples" / "see.py", "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    committed = sorted(file.name for file in (ROOT / "docs" / "images").glob("see*.jpg"))
+    assert sorted(file.name for file in tmp_path.iterdir()) == committed
+    assert "which digit is white ? four" in done.stdout
 
 
 # ---------------------------------------------------------------- where tiles lie
