@@ -29,3 +29,23 @@ class UnsupportedInputError(IllavaError, ValueError):
 
 class CacheError(IllavaError, RuntimeError):
     """A key-value cache that cannot hold layers of different lengths, or that another plan filled."""
+
+
+class DataError(IllavaError, ValueError):
+    """A folder or file of items, or of results, that cannot be used."""
+
+
+class JobError(IllavaError, RuntimeError):
+    """A job that cannot go on: its work fails on everything, or another job writes to its results."""
+
+
+class MissingExtraError(IllavaError, ImportError):
+    """A package that only this part of illava needs, and that is not installed."""
+
+
+class UploadError(IllavaError, ValueError):
+    """An uploaded file that the web page does not take: no picture or video, or too large."""
+
+
+class DemoError(IllavaError, RuntimeError):
+    """The web page cannot do what it is asked: no model there, a busy port, nothing to ask about."""

@@ -1,0 +1,164 @@
+"""What happens when a user does something: plain functions from what is on the page to what comes next."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import gradio as gr
+
+from illava.demo import cards
+from illava.demo.asking import Answer, Asker, Prompt
+from illava.demo.controls import plan_of
+from illava.demo.media import Limits, read
+from illava.demo.overlays import draw_overlays
+from illava.demo.sessions import Session, Sessions
+from illava.errors import DemoError, IllavaError, UploadError
+from illava.plan import Plan
+
+_log = logging.getLogger(__name__)
+# What a gallery hands over: each file with its caption.
+Gallery = list[tuple[str, Any]] | None
+
+
+class Shown(NamedTuple):
+    """Everything that an answer changes on the page, in the order of its components."""
+
+    notice: Any = gr.skip()
+    unpatched: Any = gr.skip()
+    patched: Any = gr.skip()
+    verdict: Any = gr.skip()
+    stairs: Any = gr.skip()
+    merge: Any = gr.skip()
+    overlay: Any = gr.skip()
+
+
+@dataclass(frozen=True)
+class Handlers:
+    """The page's handlers for one model. Gradio passes `request`, which names the tab."""
+
+    asker: Asker
+    sessions: Sessions
+    limits: Limits
+
+    def look(self, request: gr.Request, gallery: Gallery) -> str:
+        """Read what was brought; says what is wrong with it."""
+        session = self.sessions.of(request.session_hash)
+        session.shown = ()
+        try:
+            files = self.sessions.bring(request.session_hash, [file for file, _ in gallery or ()])
+            if len(files) > self.limits.files:
+                raise UploadError(f"{len(files)} files are too many; bring at most {self.limits.files}")
+            session.shown = tuple(read(file, self.limits) for file in files)
+        except IllavaError as error:
+            return cards.notice(str(error))
+        return ""
+
+    def ask(
+        self, request: gr.Request, gallery: Gallery, question: str, answer_tokens: float, *controls: Any
+    ) -> Iterator[Shown]:
+        """Ask both sides, the unpatched one first."""
+        session = self.sessions.of(request.session_hash)
+        stop = session.begin()
+        session.asked = session.unpatched = session.patched = None
+        session.overlays = ()
+        try:
+            plan = plan_of(*controls)
+            if words := self.look(request, gallery):
+                yield Shown(notice=words)
+                return
+            prompt = self._prompt(session, question)
+            waiting = cards.card("illava", None, state="after the unpatched model")
+            yield Shown("", cards.card("unpatched", None, state="looking"), waiting, "", "", _no_slider(), "")
+            for answer in self.asker.ask(prompt, None, answer_tokens=int(answer_tokens), stop=stop):
+                session.unpatched = answer
+                yield Shown(unpatched=cards.card("unpatched", answer))
+            session.asked = prompt
+            if not stop.is_set():
+                yield from self._patched(session, plan, int(answer_tokens), 0)
+        except Exception as error:
+            yield Shown(notice=_words(error))
+
+    def ask_again(
+        self, request: gr.Request, merge: float, answer_tokens: float, *controls: Any
+    ) -> Iterator[Shown]:
+        """Ask the patched side again, under another plan; the unpatched answer stays as it is.
+
+        Args:
+            merge: the merge whose overlay is shown, which stays where it is if it can.
+        """
+        session = self.sessions.of(request.session_hash)
+        if session.asked is None or session.unpatched is None:
+            yield Shown()
+            return
+        session.begin()
+        try:
+            yield from self._patched(session, plan_of(*controls), int(answer_tokens), int(merge))
+        except Exception as error:
+            yield Shown(notice=_words(error))
+
+    def stop(self, request: gr.Request) -> None:
+        """End the answer under way after the token that is being made."""
+        self.sessions.of(request.session_hash).stop.set()
+
+    def show(self, request: gr.Request, merge: float) -> tuple[str, str]:
+        """The overlay of one merge, and its place on the stairs."""
+        session = self.sessions.of(request.session_hash)
+        if not session.overlays or session.patched is None:
+            return "", ""
+        place = min(int(merge), len(session.overlays) - 1)
+        return session.overlays[place], cards.staircase(session.patched.report, place)
+
+    def close(self, request: gr.Request) -> None:
+        """The tab is gone."""
+        self.sessions.close(request.session_hash)
+
+    def _prompt(self, session: Session, question: str) -> Prompt:
+        if not session.shown:
+            raise DemoError("there is nothing to look at yet; bring a picture or a video, or pick an example")
+        if not question.strip():
+            raise DemoError("there is no question yet; write one below the picture")
+        if len(question) > self.limits.question:
+            raise DemoError(
+                f"the question has {len(question):,} characters; ask in at most {self.limits.question:,}"
+            )
+        return Prompt(session.shown, question.strip())
+
+    def _patched(self, session: Session, plan: Plan, answer_tokens: int, merge: int) -> Iterator[Shown]:
+        """The patched side, and then everything that is known of it."""
+        plain, prompt = session.unpatched, session.asked
+        if prompt is None:
+            return
+        answer = Answer()
+        yield Shown("", patched=cards.card("illava", None, plain, "looking"), verdict="")
+        for answer in self.asker.ask(prompt, plan, answer_tokens=answer_tokens, stop=session.stop):
+            session.patched = answer
+            yield Shown(patched=cards.card("illava", answer, plain))
+        report = answer.report
+        session.overlays = () if report is None else draw_overlays(report, prompt.shown)
+        last = len(session.overlays) - 1
+        place = merge if 0 < merge <= last else last
+        yield Shown(
+            verdict=cards.verdict(plain, answer),
+            stairs=cards.staircase(report, place),
+            merge=gr.update(maximum=last, value=place, visible=True) if last > 0 else _no_slider(),
+            overlay=session.overlays[place] if session.overlays else "",
+        )
+
+
+def _no_slider() -> Any:
+    return gr.update(visible=False)
+
+
+def _words(error: Exception) -> str:
+    """What went wrong, for the page; what nobody foresaw goes to the log in full."""
+    if isinstance(error, IllavaError):
+        return cards.notice(str(error))
+    _log.exception("a question could not be answered")
+    first = (str(error).splitlines() or [""])[0]
+    return cards.notice(
+        f"this did not work: {type(error).__name__}: {first}. The server's log says where; another picture, "
+        "question or plan may work"
+    )

@@ -1,0 +1,99 @@
+"""Files decoded: pictures by PIL, videos by PyAV through transformers' own reader."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from illava.errors import MissingExtraError
+from illava.extras import pillow, required
+from illava.jobs.items import Item, Skipped
+
+DEFAULT_FRAMES = 16
+
+
+def pixels_of(item: Item | Skipped) -> int:
+    """Pixels of an item's pictures by their headers, to tell which items fill a batch evenly.
+
+    A video counts by its file's size, above every picture; what cannot be read counts as 0: decoding it is
+    what says why.
+    """
+    if isinstance(item, Skipped):
+        return 0
+    image = pillow().Image
+    pixels = 0
+    try:
+        for file in item.images:
+            with image.open(file) as opened:
+                pixels += opened.width * opened.height
+        return pixels + sum((1 << 40) + file.stat().st_size for file in item.videos)
+    except Exception:  # what a broken header raises is up to each of PIL's readers
+        return 0
+
+
+def decode(item: Item | Skipped, frames: int = DEFAULT_FRAMES) -> Item | Skipped:
+    """An item with its `pictures` and `clips`, or the reason why one of them cannot be read.
+
+    Args:
+        frames: how many frames of a video, spread evenly over it.
+
+    Raises:
+        MissingExtraError: PIL, PyAV or transformers is not installed.
+    """
+    if isinstance(item, Skipped):
+        return item
+    pillow()
+    if item.videos:
+        required("av", "jobs")
+    pictures, clips = [], []
+    for file in (*item.images, *item.videos):
+        try:
+            if file in item.images:
+                pictures.append(_picture(file))
+            else:
+                clips.append(_clip(file, frames))
+        except MissingExtraError:
+            raise
+        except Exception as error:  # what a broken file raises is up to each reader
+            return Skipped(item.key, item.source, _reason(file, error))
+    return replace(item, pictures=tuple(pictures), clips=tuple(clips))
+
+
+def _picture(file: Path) -> Any:
+    pil = pillow()
+    with pil.Image.open(file) as opened:
+        return pil.ImageOps.exif_transpose(opened).convert("RGB")
+
+
+def _clip(file: Path, frames: int) -> tuple[Any, Any]:
+    reader = required("transformers.video_utils", "jobs")
+    import numpy as np
+
+    if not file.is_file():
+        raise FileNotFoundError
+
+    def indices(metadata: Any, **_: Any) -> Any:
+        # Some containers do not say how many frames they hold.
+        metadata.total_num_frames = metadata.total_num_frames or _frames_counted(file)
+        total = metadata.total_num_frames
+        return np.linspace(0, total - 1, min(frames, total)).round().astype(int)
+
+    return reader.load_video(str(file), sample_indices_fn=indices, backend="pyav")
+
+
+def _frames_counted(file: Path) -> int:
+    with required("av", "jobs").open(str(file)) as container:
+        return sum(1 for packet in container.demux(video=0) if packet.size)
+
+
+def _reason(file: Path, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"{file} does not exist"
+    if isinstance(error, IsADirectoryError):
+        return f"{file} is a folder"
+    if isinstance(error, PermissionError):
+        return f"{file} may not be read"
+    if type(error).__name__ == "UnidentifiedImageError":
+        return f"{file} is no picture that PIL can read"
+    return f"{file} cannot be read: {error or type(error).__name__}"

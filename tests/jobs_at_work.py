@@ -1,0 +1,100 @@
+"""What the tests of large jobs have a job do, and the job as a process that can be killed.
+
+python jobs_at_work.py DATA RESULTS WORK [ENGINE [CHECKPOINT]]
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from illava import jobs
+
+
+@dataclass(frozen=True)
+class Colours:
+    """The mean colour of a picture, at so many seconds a batch."""
+
+    seconds: float = 0.0
+
+    def __call__(self):
+        return self.work
+
+    def work(self, items):
+        time.sleep(self.seconds)
+        return [
+            {"colour": list(item.pictures[0].resize((1, 1)).getpixel((0, 0))), "pid": os.getpid()}
+            for item in items
+        ]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a patched model of a small checkpoint folder says."""
+
+    checkpoint: str
+
+    def __call__(self):
+        import torch
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        import illava
+
+        torch.set_num_threads(1)
+        model = AutoModelForImageTextToText.from_pretrained(self.checkpoint).eval()
+        processor = AutoProcessor.from_pretrained(self.checkpoint)
+        handle = illava.patch(model, reduction=0.778)
+
+        def work(items):
+            messages = [
+                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": item.prompt}]}]
+                for item in items
+            ]
+            texts = [
+                processor.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in messages
+            ]
+            inputs = processor(text=texts, images=[picture for item in items for picture in item.pictures],
+                               padding=True, padding_side="left", return_tensors="pt")  # fmt: skip
+            said = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs.input_ids.shape[1] :]
+            tokens = [picture.final_tokens for picture in handle.report.pictures]
+            return [
+                {"said": ids.tolist(), "tokens": count, "pid": os.getpid()}
+                for ids, count in zip(said, tokens, strict=True)
+            ]
+
+        return work
+
+
+def pictures(folder: Path, count: int) -> Path:
+    """Crops of a photograph in many sizes, and two files that are no pictures."""
+    folder.mkdir(parents=True)
+    photograph = Image.fromarray(load_sample_image("china.jpg"))
+    for i in range(count):
+        box = (3 * i % 300, 2 * i % 200, 3 * i % 300 + 60 + i % 7 * 20, 2 * i % 200 + 60 + i % 5 * 30)
+        photograph.crop(box).save(folder / f"{i:03}.png")
+    whole = (folder / "000.png").read_bytes()
+    (folder / "half.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.jpg").write_text("no picture")
+    return folder
+
+
+def main() -> None:
+    data, results, work, *rest = sys.argv[1:]
+    engine = rest[0] if rest else "process"
+    factory = Answers(rest[1]) if work == "answers" else Colours(float(work))
+    print(
+        jobs.run(
+            jobs.read_items(data), factory, results,
+            batch_size=4, engine=engine, workers=2 if engine == "ray" else None,
+        )
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
