@@ -79,20 +79,24 @@ def draw_page(handlers: Handlers) -> gr.Blocks:
             label="examples", show_label=False, columns=len(samples.SAMPLES), allow_preview=False,
             interactive=False, object_fit="cover", elem_id="samples", buttons=[], container=False,
         )  # fmt: skip
-        notice = gr.HTML(elem_id="notice")
+        notice = gr.HTML(elem_id="notice", padding=False)
         with gr.Row(equal_height=True):
-            unpatched = gr.HTML(cards.card("unpatched", None, state="ask something"), elem_id="unpatched")
-            patched = gr.HTML(cards.card("illava", None, state="ask something"), elem_id="patched")
-        verdict = gr.HTML(elem_id="verdict")
+            unpatched = gr.HTML(
+                cards.card("unpatched", None, state="ask something"), elem_id="unpatched", padding=False
+            )
+            patched = gr.HTML(
+                cards.card("illava", None, state="ask something"), elem_id="patched", padding=False
+            )
+        verdict = gr.HTML(elem_id="verdict", padding=False)
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=340):
                 merge = gr.Slider(
                     0, 1, 0, step=1, label="merge by merge", visible=False, elem_id="merge",
                     info="0 is the picture as it came; each step is one merging layer",
                 )  # fmt: skip
-                overlay = gr.HTML(elem_id="overlay")
+                overlay = gr.HTML(elem_id="overlay", padding=False)
             with gr.Column(scale=4, min_width=320):
-                stairs = gr.HTML(elem_id="stairs")
+                stairs = gr.HTML(elem_id="stairs", padding=False)
 
         shown = [notice, unpatched, patched, verdict, stairs, merge, overlay]
         busy: dict[str, Any] = {
