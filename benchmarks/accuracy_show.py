@@ -11,6 +11,7 @@ from accuracy_measure import unpack
 from rich.console import Console
 from rich.table import Table
 
+from illava.evaluate.statistics import wilson
 from readers import tasks
 
 matplotlib.use("Agg")
@@ -19,15 +20,6 @@ import matplotlib.pyplot as plt  # noqa: E402
 Row = dict[str, str]
 IMAGE_TASKS = tuple(task for task in tasks.TASKS if task != "video")
 DRAWS = 2000  # of the bootstrap
-
-
-def wilson(right: int, items: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, 1927), in 0 to 1."""
-    z, p = 1.96, right / items
-    middle = p + z * z / (2 * items)
-    half = z * np.sqrt(p * (1 - p) / items + z * z / (4 * items * items))
-    whole = 1 + z * z / items
-    return (middle - half) / whole, (middle + half) / whole
 
 
 def kept(rows: Sequence[Row], unpatched: Sequence[Row]) -> tuple[float, float, float] | None:

@@ -51,7 +51,6 @@ from typing import Any
 
 import torch
 import transformers
-from prefill_inputs import build_inputs
 from prefill_models import FAMILIES, QWEN2_5_VL_7B, Family, Shape, build_config, build_model
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -59,6 +58,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import illava
+from illava.evaluate.synthetic import build_inputs
 
 SHARE_OF_BOUND = 0.90
 COST_OF_NOTHING = 0.01

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from prefill_inputs import (
+from illava.evaluate.synthetic import (
     FIRST_TEXT,
     IMAGE,
     NEWLINE,

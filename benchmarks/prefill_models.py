@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import prefill_configs as configs
-import prefill_inputs as inputs
 import torch
 import transformers
 from prefill_configs import Shape
-from prefill_inputs import Picture
 from torch import nn
+
+from illava.evaluate import synthetic as inputs
+from illava.evaluate.random_weights import build_random
+from illava.evaluate.synthetic import Picture
 
 
 @dataclass(frozen=True)
@@ -61,20 +63,7 @@ def build_config(family: Family, shape: Shape) -> Any:
 def build_model(family: Family, config: Any, device: str, dtype: torch.dtype, attn: str) -> nn.Module:
     """A model with random weights, made on the device."""
     kind = getattr(transformers, f"{family.name}ForConditionalGeneration")
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = kind._from_config(config, attn_implementation=attn, dtype=dtype)
-    with torch.no_grad():
-        for module in model.modules():
-            # Every layer's output of unit size: attention neither uniform nor all on one token.
-            if isinstance(module, nn.Embedding):
-                module.weight.normal_()
-            elif isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-                module.weight.normal_(std=module.weight[0].numel() ** -0.5)
-            elif hasattr(module, "gate_up_proj") and isinstance(module.gate_up_proj, nn.Parameter):
-                for stack in module.parameters(recurse=False):  # experts, either way round
-                    stack.normal_(std=stack[0].numel() ** -0.25)
-    return model.eval()
+    return build_random(kind, config, device=device, dtype=dtype, attn=attn)
 
 
 _MINICPM = Shape(216, 12, 512, 12, (1344, 1344))  # a thumbnail and 3 x 3 slices

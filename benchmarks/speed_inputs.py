@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from prefill_inputs import (
+from torch import nn
+
+from illava.evaluate.synthetic import (
     IMAGE,
     TILE,
     VIDEO,
@@ -26,7 +28,6 @@ from prefill_inputs import (
     marked,
     qwen_picture,
 )
-from torch import nn
 
 PICTURE, PICTURES, VIDEO_CLIP = "picture", "pictures", "video"
 CONTENTS = (PICTURE, PICTURES, VIDEO_CLIP)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -12,27 +11,7 @@ from unittest import mock
 
 import torch
 
-
-class Clock:
-    """Marks in time, on the device's own clock where it has one."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device.startswith("cuda")
-
-    def mark(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-
-    def ms(self, start: Any, end: Any) -> float:
-        """Between two marks that have passed."""
-        return start.elapsed_time(end) if self.cuda else 1e3 * (end - start)
+from illava.evaluate.timing import Clock
 
 
 class Ranges:

@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from illava.errors import (
         AlreadyPatchedError,
         CacheError,
+        CheckpointError,
+        DataError,
         IllavaError,
+        JobError,
+        MissingExtraError,
+        NoPlanError,
+        OutOfMemoryError,
+        PictureError,
         PlanError,
         SeamError,
         UnsupportedInputError,
@@ -32,6 +39,7 @@ if TYPE_CHECKING:
     from illava.provenance import Provenance, Step
     from illava.report import Report
     from illava.schedule import ModelPlan
+    from illava.see.show import visualize
 
 __version__ = "0.1.0"
 
@@ -46,6 +54,7 @@ _HOME = {
     "Report": "illava.report",
     "Provenance": "illava.provenance",
     "Step": "illava.provenance",
+    "visualize": "illava.see.show",
     "IllavaError": "illava.errors",
     "PlanError": "illava.errors",
     "UnsupportedModelError": "illava.errors",
@@ -53,15 +62,29 @@ _HOME = {
     "AlreadyPatchedError": "illava.errors",
     "UnsupportedInputError": "illava.errors",
     "CacheError": "illava.errors",
+    "CheckpointError": "illava.errors",
+    "DataError": "illava.errors",
+    "JobError": "illava.errors",
+    "MissingExtraError": "illava.errors",
+    "NoPlanError": "illava.errors",
+    "OutOfMemoryError": "illava.errors",
+    "PictureError": "illava.errors",
 }
 
 __all__ = [
     "AlreadyPatchedError",
     "CacheError",
     "Candidates",
+    "CheckpointError",
+    "DataError",
     "Handle",
     "IllavaError",
+    "JobError",
+    "MissingExtraError",
     "ModelPlan",
+    "NoPlanError",
+    "OutOfMemoryError",
+    "PictureError",
     "Plan",
     "PlanError",
     "Provenance",
@@ -73,6 +96,7 @@ __all__ = [
     "patch",
     "supported_models",
     "unpatch",
+    "visualize",
 ]
 
 

@@ -43,6 +43,22 @@ class MissingExtraError(IllavaError, ImportError):
     """A package that only this part of illava needs, and that is not installed."""
 
 
+class CheckpointError(IllavaError, RuntimeError):
+    """A model that cannot be loaded or asked: no checkpoint, no weights, no processor, no such device."""
+
+
+class NoPlanError(IllavaError, LookupError):
+    """A search in which no plan held what was asked for."""
+
+
+class OutOfMemoryError(IllavaError, MemoryError):
+    """A model and its inputs that do not fit; says what would."""
+
+
+class PictureError(IllavaError, ValueError):
+    """Pictures to draw that are not those of the report, or a report with nothing to draw."""
+
+
 class UploadError(IllavaError, ValueError):
     """An uploaded file that the web page does not take: no picture or video, or too large."""
 

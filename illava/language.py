@@ -19,11 +19,14 @@ from illava import merge, sequence
 from illava.candidates import decide
 from illava.families.seams import Additions, Seams
 from illava.families.visual import VisualInput
+from illava.language_layers import Layers, Rotary
 from illava.language_stage import Stage
 from illava.plan import name_of
+from illava.rotary import rotation
 from illava.schedule import ModelPlan
 from illava.scores import Scores, attention_importance, slots_to_choose
 from illava.tracing import LanguageTrace, record_merge
+from illava.transfer import on, to_host
 from illava.vision import is_broken, is_dead
 
 
@@ -71,23 +74,29 @@ class LanguageCall:
         self.length, self.dtype = embeds.shape[1], embeds.dtype
         end = past + self.length
         self.asking_end = min(prompt, end) if prompt is not None and prompt > past else end
-        self.attending: int | None = None
-        self._rotation: tuple[Tensor, Tensor] | None = None
+        self.depth, self.scorable = len(seams.layers), seams.scoring_layers
+        self._config = seams.language_model.config
+        self.outer: Any = None  # what was under way around it
+        self.traceable = False  # whether merges can be operations of a compiled graph
+        self.attending: int | None = None  # the layer whose attention a merge will read
+        self.attended: dict[int, tuple[Tensor, Tensor, float]] = {}  # its queries and keys
         self._inputs: Tensor | None = None
         self.grids: Sequence[tuple[int, int, int]] = ()  # of each segment, as the report tells
-        self.weighed: dict[int, Tensor] = {}  # `[B, K]` positions of the keys a layer attends to
         self.counts: list[list[int]] = []  # slots per segment, one entry per stage
         self._scores: dict[int, Scores] = {}
-        self._masks: dict[Any, Tensor | None] = {}
-        self.unpadded = padding_mask is None or bool(padding_mask.all())
+        self.removed: dict[int, list[int]] = {}
+        self.merging: frozenset[int] = frozenset()  # layers after which something leaves
+        self.scored: frozenset[int] = frozenset()  # layers whose attention they read
         rows = embeds.shape[0]
         if visual is None:
-            self.removed: dict[int, list[int]] = {}
+            self.unpadded = padding_mask is None or bool(padding_mask.all())
             self._lost_any = False
             place = torch.arange(self.length, device=embeds.device).expand(rows, -1)
             self.stages = [Stage(0, place + past, place, (self.length,) * rows)]
             return
-        self._enter(plan, embeds, visual, seams.newline)
+        # Read now: an offloaded parameter is there only while its module runs.
+        newline = None if seams.newline is None else getattr(seams.model, seams.newline)
+        self._enter(plan, embeds, visual, newline)
 
     def _enter(self, plan: ModelPlan, embeds: Tensor, visual: VisualInput, newline: Tensor | None) -> None:
         """Find what the encoder left, row by row, and lay out the segments' slots."""
@@ -98,8 +107,10 @@ class LanguageCall:
             marks["real"] = self.padding_mask[:, -self.length :].bool().to(device)
         if newline is not None:
             marks["newline"] = (embeds == newline.to(embeds)).all(dim=-1)
-        found = dict(zip(marks, torch.stack(list(marks.values())).cpu(), strict=True))  # one transfer
+        found = dict(zip(marks, to_host(torch.stack(list(marks.values()))), strict=True))  # one transfer
         real = found.get("real", torch.ones_like(segment, dtype=torch.bool))
+        before = None if self.padding_mask is None else self.padding_mask[:, : -self.length]
+        self.unpadded = bool(real.all()) and (before is None or not before.shape[1] or bool(before.all()))
         broken = segment[found["broken"] & (segment >= 0)]
         self.broken: dict[int, int] = dict(Counter(broken.tolist()))
         dead = found["dead"] & (segment >= 0)
@@ -118,11 +129,11 @@ class LanguageCall:
         index = merge.compact(keep, width)  # [B, n] on the CPU
         positions = (index + self.past).masked_fill(~keep.gather(1, index), -1)
         slots = segment.gather(1, index).masked_fill(positions < 0, -1)  # [B, n] segment per slot
-        self.entry_columns = index.to(device)
+        self.entry_columns = on(device, index)
         if self.traced:
             self.trace = LanguageTrace.entered(segment, len(visual.tokens), keep)
         entry = torch.arange(width, device=device).expand(len(row_lengths), -1)
-        self.stages = [Stage(0, positions.to(device), entry, tuple(row_lengths))]
+        self.stages = [Stage(0, on(device, positions), entry, tuple(row_lengths))]
 
         number = len(visual.tokens)
         own = segment.flatten()
@@ -133,28 +144,23 @@ class LanguageCall:
         starts = (counts.cumsum(0) - counts)[:, None]
         step = torch.arange(max(1, int(counts.max())))
         table = order[(starts + step).clamp(max=max(0, len(order) - 1))] if len(order) else starts + step * 0
-        self.table = table.to(device)  # [S, N] flat slots of each segment, ascending
+        self.table = on(device, table)  # [S, N] flat slots of each segment, ascending
         self.counts = [counts.tolist()]
-        self.segment_rows = (self.table[:, 0] // width).tolist()
+        self.segment_rows = (table[:, 0] // width).tolist()
 
         removed = [plan.llm_removed(t, a) for t, a in zip(self.tokens, self.counts[0], strict=True)]
         self.removed = {layer: [r[i] for r in removed] for i, layer in enumerate(plan.llm_layers)}
+        self.merging = frozenset(layer for layer, counts in self.removed.items() if any(counts))
+        self.scored = frozenset(self.scored_at[layer] for layer in self.merging if layer in self.scored_at)
 
         self.has_later_text = sequence.later_text(segment, text, number)
-        self._text = (text.gather(1, index) & (positions >= 0)).to(device)  # [B, n]
+        self._text = on(device, text.gather(1, index) & (positions >= 0))  # [B, n]
         self._text_width = int(text.sum(dim=1).max())
 
     @property
     def changes_length(self) -> bool:
         """Whether a visual token is missing, or will be."""
-        return self._lost_any or any(map(any, self.removed.values()))
-
-    def merges_at(self, layer: int) -> bool:
-        return any(self.removed.get(layer, ()))
-
-    def scores_at(self, layer: int) -> bool:
-        """Whether a merge, here or at a later layer, reads this layer's attention."""
-        return any(at == layer and self.merges_at(merging) for merging, at in self.scored_at.items())
+        return self._lost_any or bool(self.merging)
 
     def stage(self, layer: int) -> Stage:
         """What `layer` is given."""
@@ -171,59 +177,48 @@ class LanguageCall:
             return features
         return features.masked_fill(self.stages[0].positions[..., None] < 0, 0.0)
 
-    def mask(self, layer: int, cached: sequence.MergedLayer | None) -> Tensor | None:
-        """The attention mask for `layer`, made once per stage and cache history."""
-        stage = self.stage(layer)
-        key = (stage.first_layer, () if cached is None else cached.history)
-        if key not in self._masks:
-            self._masks[key] = sequence.attention_mask(
-                self.implementation,
-                stage.positions,
-                self._key_positions(stage, cached),
-                unpadded=self.unpadded and not stage.ragged and not (cached and cached.ragged),
-                dtype=self.dtype,
-            )
-        return self._masks[key]
+    def begin(self, cache: Any) -> None:
+        """Before the first layer: the cache's layers are taken over, and what layers are given made ready."""
+        rows = self.stages[0].row_lengths
+        ahead = [(0, rows)]
+        for layer in sorted(self.merging - {-1}):
+            rows = self._rows_after(layer, rows)
+            ahead.append((layer + 1, rows))
+        self.layers = Layers(
+            cache, ahead, self.stages[0].positions.device, self.depth, self.scorable,
+            implementation=self.implementation, padding_mask=self.padding_mask, unpadded=self.unpadded,
+            length=self.length, dtype=self.dtype, plan_id=None if self.visual is None else self.plan_id,
+        )  # fmt: skip
+        self.traceable = max(self.additions, default=-1) <= min(self.merging - {-1}, default=self.depth)
+        try:
+            self.layers.make_ready(self.stages[0], None)
+        except BaseException:
+            self.layers.end()
+            raise
 
-    def _key_positions(self, stage: Stage, cached: sequence.MergedLayer | None) -> Tensor:
-        keys = stage.positions
-        if cached is not None and cached.positions is not None:
-            keys = torch.cat([cached.positions.to(keys.device), keys], dim=1)
-        return sequence.valid_positions(keys, self.padding_mask)
+    def _rows_after(self, layer: int, rows: Sequence[int]) -> tuple[int, ...]:
+        """What is left of rows of these lengths behind the merge after `layer`."""
+        left = list(rows)
+        for row, removed in zip(self.segment_rows, self.removed[layer], strict=True):
+            left[row] -= removed
+        return tuple(left)
 
-    def announce(self, layer: int, cached: sequence.MergedLayer) -> None:
-        """Tell a cache layer which positions it is about to be given."""
-        stage = self.stage(layer)
-        mark = None if self.visual is None else (self.plan_id, stage.first_layer)
-        cached.expect(stage.positions, self.length, stage.ragged, mark)
+    @torch.no_grad()
+    def score(self, layer: int, rotary: Rotary) -> None:
+        """Keep what merges read of a layer's attention, whose queries and keys have been seen.
 
-    def begin_attention(
-        self, layer: int, cached: sequence.MergedLayer | None, rotation: tuple[Tensor, Tensor] | None
-    ) -> None:
-        """Announce that `layer`'s attention runs next, with these cosines and sines `[B, n, D]`."""
-        self.attending, self._keys = layer, self._key_positions(self.stage(layer), cached)
-        self._rotation = rotation
-
-    def record_keys(self, layer: int, cached: sequence.MergedLayer | None) -> None:
-        """Remember whom `layer`'s attention weights, which the caller wants, are about."""
-        self.weighed[layer] = self._key_positions(self.stage(layer), cached)
-
-    def padding(self, layer: int) -> Tensor | None:
-        """`[B, n]` which slots `layer` is given are real, for a layer that needs no other mask."""
-        stage = self.stage(layer)
-        if self.length == 1 or (self.unpadded and not stage.ragged):
-            return None
-        return sequence.valid_positions(stage.positions, self.padding_mask) >= 0
-
-    def score(self, layer: int, q: Tensor, k: Tensor, scale: float) -> None:
-        """Keep what merges read: `layer`'s queries `[B, H, n, D]`, keys `[B, K', K, D]`, importance."""
-        stage = self.stage(layer)
+        Args:
+            rotary: cosines and sines of the stage under way, as a layer was given them.
+        """
+        q, k, scale = self.attended.pop(layer)  # [B, H, n, D], [B, K', K, D]
+        stage = self.stages[-1]
+        positions = self._key_positions(layer)
         slots = stage.positions.shape[1]
         self.table = self.table.to(q.device)
         lone = [s for s, later in enumerate(self.has_later_text) if not later]
         importance = attention_importance(  # [B, n]
             q, k, scale,
-            k_positions=self._keys.to(q.device),
+            k_positions=positions.to(q.device),
             asking_end=self.asking_end,
             score=name_of(self.settings.score),
             queries=self.settings.queries,
@@ -233,7 +228,13 @@ class LanguageCall:
             lone=self._slots_of(lone) if lone and self.settings.queries == "text" else None,
         )  # fmt: skip
         queries, keys = q.transpose(1, 2), k[:, :, -slots:].transpose(1, 2)  # [B, n, H, D]
-        self._scores[layer] = Scores(importance, queries, keys, scale, (k, self._keys), self._rotation)
+        turned = rotation(rotary, self._config) if self.settings.by_function else None
+        self._scores[layer] = Scores(importance, queries, keys, scale, (k, positions), turned)
+
+    def _key_positions(self, layer: int) -> Tensor:
+        """`[B, K]` positions of the keys `layer` attends to, the caller's padding marked -1."""
+        positions = self.layers.key_positions(self.stage(layer), layer)
+        return sequence.valid_positions(positions, self.padding_mask)
 
     @torch.no_grad()
     def _decide(self, layer: int, hidden: Tensor) -> merge.Merge:
@@ -249,7 +250,7 @@ class LanguageCall:
             self._scores[self.scored_at[layer]] if layer in self.scored_at else None,
             positions, self._text.to(device), self._text_width,
             place=lambda: sequence.take_rows(
-                sequence.grid_places(visual.segment, visual.tokens, self.grids).to(device),
+                on(device, sequence.grid_places(visual.segment, visual.tokens, self.grids)),
                 (positions - self.past).clamp(min=0),
             ),
             inputs=lambda: sequence.take_rows(given.detach().to(device), stage.entry),
@@ -280,25 +281,34 @@ class LanguageCall:
     def merge_input(self, features: Tensor) -> Tensor:
         """Merge before the first layer: `[B, n, d]` to what that layer is given."""
         self._inputs = features.detach() if self.settings.by_function else None
-        if self.merges_at(-1):
+        if -1 in self.merging:
             features = self.merge(-1, features)
             self._inputs = features.detach()
             stage = self.stages.pop()
             columns = self.entry_columns
             self.entry_columns = columns.gather(1, stage.entry.to(columns.device))
             places = torch.arange(stage.positions.shape[1], device=stage.entry.device)
-            self.stages = [replace(stage, entry=places.expand_as(stage.entry))]
+            self.stages = [replace(stage, entry=places.expand_as(stage.entry), origin=None)]
         return features
 
-    def leave_layer(self, layer: int, hidden: Tensor) -> Tensor:
-        """What follows `layer`'s output: additions of the model's own, then the merge."""
-        addition = self.additions.pop(layer, None)
-        if addition is not None:
-            hidden = hidden + addition.to(hidden)
-        if self.merges_at(layer):
-            hidden = self.merge(layer, hidden)
-        if "output_hidden_states" in self.wanted:
-            self.outputs[layer] = hidden
+    def add(self, layer: int, hidden: Tensor) -> Tensor:
+        """What the model itself would add to `layer`'s output."""
+        return hidden + self.additions[layer].to(hidden)
+
+    def leave_layer(self, layer: int, hidden: Tensor, rotary: Rotary) -> Tensor:
+        """Behind a merging layer: statistics, unless an earlier merge took them, then the merge.
+
+        Args:
+            rotary: what the layer was given.
+        """
+        if self.scored_at[layer] in self.attended:
+            self.score(self.scored_at[layer], rotary)
+        hidden = self.merge(layer, hidden)
+        origin = self.stages[-1].origin
+        if origin is not None:
+            cos, sin = rotary
+            rotary = sequence.take_rows(cos, origin), sequence.take_rows(sin, origin)
+            self.layers.make_ready(self.stages[-1], rotary)
         return hidden
 
     def merge(self, layer: int, hidden: Tensor) -> Tensor:
@@ -306,9 +316,7 @@ class LanguageCall:
         decision, stage = self._decide(layer, hidden), self.stages[-1]
         if self.trace is not None:
             self.trace.merges.append(record_merge(layer, self._names(stage), decision))
-        rows = list(stage.row_lengths)
-        for segment, removed in enumerate(self.removed[layer]):
-            rows[self.segment_rows[segment]] -= removed
+        rows = self._rows_after(layer, stage.row_lengths)
         batch, slots = stage.positions.shape
         width, device = max(rows), hidden.device  # layers may sit on different devices
         old = stage.positions.to(device)
@@ -321,7 +329,7 @@ class LanguageCall:
         if decision.mixture is not None:
             grown = decision.grow(stage.slot_sizes().flatten().to(decision.keep.device))
             sizes = grown.view(batch, slots).to(device).gather(1, index)
-        self.stages.append(Stage(layer + 1, positions, entry, tuple(rows), sizes))
+        self.stages.append(Stage(layer + 1, positions, entry, rows, sizes, index))
         self._text = self._text.to(device).gather(1, index) & kept
 
         # A kept slot moves to its rank among its row's kept slots, counted from the right.
@@ -340,7 +348,7 @@ class LanguageCall:
             blended = decision.blend(x.flatten(0, 1)).view(x.shape)
             return sequence.take_rows(blended, index)
 
-        self.additions = {later: apply(x) for later, x in self.additions.items()}
+        self.additions = {later: apply(x) for later, x in self.additions.items() if later > layer}
         return apply(hidden)
 
     def _names(self, stage: Stage) -> Tensor:
@@ -364,7 +372,7 @@ class LanguageCall:
             return None
         heads, queries = weights.shape[1:3]
         by_key = weights.permute(0, 3, 1, 2).flatten(2)  # [B, K, H*n]
-        wide = sequence.expand_rows(by_key, self.weighed[layer], self.past + self.length)
+        wide = sequence.expand_rows(by_key, self._key_positions(layer), self.past + self.length)
         wide = wide.unflatten(2, (heads, queries)).permute(0, 3, 2, 1)  # [B, n, H, past + L]
         full = sequence.expand_rows(wide.flatten(2), self.stage(layer).positions - self.past, self.length)
         return full.unflatten(2, (heads, -1)).transpose(1, 2)

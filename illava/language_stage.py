@@ -21,6 +21,7 @@ class Stage:
         entry: `[B, n]` which slot of the first stage each one was.
         row_lengths: real slots per row, known on the host.
         sizes: `[B, n]` how many visual tokens each slot stands for; `None` while that is one.
+        origin: `[B, n]` which slot of the stage before each one was; `None` for the first.
     """
 
     first_layer: int
@@ -28,6 +29,7 @@ class Stage:
     entry: Tensor
     row_lengths: tuple[int, ...]
     sizes: Tensor | None = None
+    origin: Tensor | None = None
 
     def slot_sizes(self) -> Tensor:
         """`[B, n]` how many visual tokens each slot stands for."""

@@ -8,7 +8,7 @@ sequence lives in its cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,19 @@ import torch
 from torch import nn
 
 from illava import checks, families
+from illava.attention import AttentionChoice
 from illava.families.seams import Seams
-from illava.hooks import ATTENTION_NAME, ConfigView, EncoderHooks, LanguageHooks, OfOneModel, State, attention
+from illava.hooks import (
+    ATTENTION_NAME,
+    ENCODER_ATTENTION_NAME,
+    ConfigView,
+    EncoderHooks,
+    LanguageHooks,
+    OfOneModel,
+    State,
+    attention,
+)
+from illava.hooks.tracing import Hook, class_like, reads_context
 from illava.plan import Plan
 from illava.report import Report
 from illava.schedule import ModelPlan, resolve
@@ -29,7 +40,7 @@ HANDLE_ATTRIBUTE = "_illava_handle"
 def patch(
     model: nn.Module,
     *,
-    plan: Plan | None = None,
+    plan: Plan | Mapping[str, Any] | str | None = None,
     fast_windows: bool = False,
     trace: bool = False,
     **settings: Any,
@@ -43,7 +54,8 @@ def patch(
     Args:
         model: a Hugging Face `...ForConditionalGeneration` or bare `...Model` of a supported family,
             also wrapped by PEFT, `torch.compile` or (Distributed)DataParallel.
-        plan: a ready-made `illava.Plan`, for example `illava.Plan.paper(0.778)`.
+        plan: a ready-made `illava.Plan`, for example `illava.Plan.paper(0.778)`; or what
+            `Plan.to_dict` or `Plan.to_json` made of one.
         fast_windows: run each encoder block's attention over all windows, frames and pictures in one
             call, merging or not. Hugging Face's SDPA and eager attention loop over them one by one;
             results differ by rounding.
@@ -68,7 +80,10 @@ def patch(
     """
     if plan is not None and settings:
         raise TypeError(f"give plan= or single settings, not both (got plan and {', '.join(settings)})")
-    plan = Plan(**settings) if plan is None else plan
+    if plan is None:
+        plan = Plan(**settings)
+    elif not isinstance(plan, Plan):
+        plan = Plan.from_json(plan) if isinstance(plan, str) else Plan.from_dict(plan)
     core = checks.unwrap(model)
     model_type = getattr(getattr(core, "config", None), "model_type", "unknown")
     family = families.family_of(model_type, type(core).__name__)
@@ -101,19 +116,6 @@ def unpatch(model: nn.Module) -> None:
             handle.remove()
 
 
-class Hook(OfOneModel):
-    """One of illava's hooks, as it stands on a module.
-
-    Hooks are not traced: torch.compile breaks its graph at them and compiles what lies between.
-    """
-
-    def __init__(self, hook: Callable[..., Any], compiled_inside: bool = False) -> None:
-        self._hook = hook if compiled_inside else torch.compiler.disable(hook)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._hook(*args, **kwargs)
-
-
 class Handle(OfOneModel):
     """A patched model's plan, report and way back.
 
@@ -135,6 +137,7 @@ class Handle(OfOneModel):
         self._seams, self._outermost = seams, outermost
         self._state = State(plan, seams, family, fast_windows, trace)
         self._undo: list[Callable[[], None]] = []
+        self._choose_statistics()
         try:
             setattr(seams.model, HANDLE_ATTRIBUTE, self)
             self._install()
@@ -146,6 +149,15 @@ class Handle(OfOneModel):
     def report(self) -> Report | None:
         """What the last call that brought pictures did; `None` before the first."""
         return self._state.last
+
+    @property
+    def attention(self) -> AttentionChoice | None:
+        """How the encoder's attention statistics are computed, chosen when the model was patched.
+
+        Changing the model's attention, type or device afterwards changes it with the next call. `None`
+        where the encoder merges nothing, has an attention of its own, or is not on a device yet.
+        """
+        return self._state.choices.last
 
     @property
     def active(self) -> bool:
@@ -171,7 +183,16 @@ class Handle(OfOneModel):
 
     def __repr__(self) -> str:
         state = "on" if self.active else "removed from"
-        return f"<illava.Handle {state} {type(self._seams.model).__name__}: {self.plan}>"
+        attention = "" if self.attention is None else f"; {self.attention}"
+        return f"<illava.Handle {state} {type(self._seams.model).__name__}: {self.plan}{attention}>"
+
+    def _choose_statistics(self) -> None:
+        """Choose the kernel that gives attention statistics, for the encoder as it stands."""
+        tower: Any = self._seams.tower
+        weights = (p for p in tower.parameters() if p.is_floating_point() and p.device.type != "meta")
+        merges = self.plan.vit_layers and not self.plan.removes_nothing and self._seams.block_observed is None
+        if merges and (weight := next(weights, None)) is not None:
+            self._state.choices(tower.config._attn_implementation, weight.device, weight.dtype)
 
     # Hooks in -----------------------------------------------------------------------------------
 
@@ -182,7 +203,11 @@ class Handle(OfOneModel):
             return
         torch.compiler.reset()  # code compiled before the hooks were there would not call them
         seams, encoder, language = self._seams, EncoderHooks(self._state), LanguageHooks(self._state)
-        ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, torch.compiler.disable(attention))
+        self._traced = reads_context()
+        for name in (ATTENTION_NAME, ENCODER_ATTENTION_NAME):
+            ALL_ATTENTION_FUNCTIONS.register(
+                name, attention if self._traced else torch.compiler.disable(attention)
+            )
         self._before(seams.tower, encoder.enter_tower)
         self._after(seams.tower, encoder.leave_tower, always=True)
         if not self.plan.removes_nothing:
@@ -216,47 +241,71 @@ class Handle(OfOneModel):
 
     def _hook_block(self, number: int, hooks: EncoderHooks) -> None:
         seams, block = self._seams, self._seams.blocks[number]
-        self._before(block, partial(hooks.enter_block, number))
+        traced = self._traced and seams.block_observed is None
         at_output = {number + 1} & {len(seams.blocks)} & set(self.plan.vit_layers)
         if not (number in self.plan.vit_layers or at_output or self._state.fast_windows):
+            self._before(block, hooks.enter_block, traced=traced)
             return
+        self._mark(block)
+        self._before(block, partial(hooks.enter_block, number=number), traced=traced)
         attends = getattr(block, seams.block_attention)
         if seams.block_observed is None:
-            self._view_config(attends, lambda: self._state.block_attends(number))
+            self._view_config(attends, lambda: self._state.block_attends(number), ENCODER_ATTENTION_NAME)
         else:
             for name in seams.block_observed.modules:
                 if hasattr(attends, name):
                     observe = partial(hooks.observe, name)
                     self._after(getattr(attends, name), lambda m, a, k, out, observe=observe: observe(out))
-        self._before(attends, lambda m, a, k: hooks.enter_block_attention(number, a, k))
-        self._after(attends, lambda m, a, k, out: hooks.leave_block_attention(m))
+        self._mark(attends)
+        self._before(attends, lambda m, a, k: hooks.enter_block_attention(number, a, k), traced=traced)
+        self._after(attends, lambda m, a, k, out: hooks.leave_block_attention(m), traced=traced)
         if at_output:
-            self._after(block, lambda m, a, k, out: hooks.leave_block(number, out))
+            self._after(block, lambda m, a, k, out: hooks.leave_block(number, out), traced=traced)
         if number not in self.plan.vit_layers:
             return
-        self._before(getattr(block, seams.block_norm), lambda m, a, k: hooks.merge_block(number, a, k))
-        self._after(getattr(block, seams.block_ffn), lambda m, a, k, out: hooks.leave_ffn(number, out))
-        self._after(block, lambda m, a, k, out: hooks.leave_block(number, out))
+        norm, ffn = getattr(block, seams.block_norm), getattr(block, seams.block_ffn)
+        for module in (norm, ffn):
+            self._mark(module)
+        self._before(norm, lambda m, a, k: hooks.merge_block(number, a, k), traced=traced)
+        self._after(ffn, lambda m, a, k, out: hooks.leave_ffn(number, out), traced=traced)
+        self._after(block, lambda m, a, k, out: hooks.leave_block(number, out), traced=traced)
 
     def _hook_layer(self, number: int, hooks: LanguageHooks) -> None:
         seams, layer = self._seams, self._seams.layers[number]
         added = seams.additions.layers if seams.additions is not None else 0
-        self._before(layer, lambda m, a, k: hooks.enter_layer(number, a, k))
-        if number in self.plan.scored_at.values():
+        scored = number in self.plan.scored_at.values()
+        if scored or number in self.plan.llm_layers:
+            self._mark(layer)
+        self._before(layer, lambda m, a, k: hooks.enter_layer(number, a, k), traced=self._traced)
+        if scored:
             attends = getattr(layer, seams.layer_attention)
-            self._view_config(attends, lambda: self._state.layer_attends(number))
+            self._view_config(attends, lambda: self._state.layer_attends(number), ATTENTION_NAME)
         if number in self.plan.llm_layers or number < added:
-            self._after(layer, lambda m, a, k, out: hooks.leave_layer(number, out))
+            self._after(layer, lambda m, a, k, out: hooks.leave_layer(number, k, out), traced=self._traced)
+
+    def _mark(self, module: nn.Module) -> None:
+        """Give a module a class of its own, so that torch.compile tells it from others of its class."""
+        kind = type(module)
+        own = class_like(kind)
+
+        def restore() -> None:
+            if type(module) is own:
+                module.__class__ = kind
+
+        self._undo.append(restore)
+        module.__class__ = own
 
     # One line each: an interruption may come between any two.
-    def _before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+    def _before(self, module: nn.Module, hook: Callable[..., Any], *, traced: bool = False) -> None:
         register = module.register_forward_pre_hook
-        self._undo.append(register(Hook(hook), with_kwargs=True).remove)
+        self._undo.append(register(Hook(hook, traced), with_kwargs=True).remove)
 
-    def _after(self, module: nn.Module, hook: Callable[..., Any], *, always: bool = False) -> None:
+    def _after(
+        self, module: nn.Module, hook: Callable[..., Any], *, always: bool = False, traced: bool = False
+    ) -> None:
         # First in line, so that hooks which record hidden states see what the next layer will see.
         register = partial(module.register_forward_hook, with_kwargs=True, prepend=True)
-        self._undo.append(register(Hook(hook), always_call=always).remove)
+        self._undo.append(register(Hook(hook, traced), always_call=always).remove)
 
     def _wrap_method(
         self, module: nn.Module, name: str, wrapper: Callable[..., Any], *, compiled_inside: bool = False
@@ -267,7 +316,7 @@ class Handle(OfOneModel):
             compiled_inside: whether what it calls may be compiled, though it is not itself.
         """
         own = module.__dict__.get(name)  # of another tool's, which comes back
-        wrapped = Hook(partial(wrapper, getattr(module, name)), compiled_inside)
+        wrapped = Hook(partial(wrapper, getattr(module, name)), traced=compiled_inside)
 
         def restore() -> None:
             if module.__dict__.get(name) is not wrapped:
@@ -280,9 +329,10 @@ class Handle(OfOneModel):
         self._undo.append(restore)
         module.__dict__[name] = wrapped
 
-    def _view_config(self, module: nn.Module, merging: Callable[[], bool]) -> None:
+    def _view_config(self, module: nn.Module, merging: Callable[[], bool], name: str) -> None:
         config: Any = module.config
-        view: Any = ConfigView(config, torch.compiler.disable(merging), self._state)
+        merging = merging if self._traced else torch.compiler.disable(merging)
+        view: Any = ConfigView(config, merging, self._state, name)
 
         def restore() -> None:
             if module.config is view:

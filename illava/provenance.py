@@ -35,6 +35,8 @@ class Step:
         recycled: `[n]` bool, those that took in others in this merge; the others are informative.
         mixed: `[n]` bool, those with features of others in them, from this merge or from earlier ones.
         sources: `[n, P]` sparse, of which patches each token is made. Every row sums to 1.
+        stands: `[n, P]` sparse, the patches in whose place each token stands, likewise: those of its merge
+            unit, or behind packing, pooling or a resampler those it reads.
         state: `[P]` uint8, `INFORMATIVE` or `RECYCLED` where such a token stands, `GONE` elsewhere.
         importance: `[P]` by what this merge ranked the tokens standing there, NaN where none stood any
             more; `None` where nothing was ranked.
@@ -46,6 +48,7 @@ class Step:
     recycled: Tensor
     mixed: Tensor
     sources: Tensor
+    stands: Tensor
     state: Tensor
     importance: Tensor | None = None
 

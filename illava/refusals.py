@@ -51,6 +51,32 @@ def refuse_unserved(attention_mask: Any, position_ids: Tensor | None, batch: int
             )
 
 
+def refuse_chunks(visual: VisualInput | None, chunk: int) -> None:
+    """Refuse a prompt whose chunks hold tokens of several pictures.
+
+    Hugging Face hands a chunk the features of all its images (or videos) as one tensor, and nothing says
+    where one ends and the next begins.
+
+    Args:
+        visual: the prompt's pictures.
+        chunk: tokens of a chunk.
+
+    Raises:
+        UnsupportedInputError: such a chunk.
+    """
+    if visual is None:
+        return
+    for number, segment in enumerate(visual.segment.split(chunk, dim=1)):
+        found = [visual.kinds[i] for i in sorted(set(segment[segment >= 0].tolist()))]
+        for kind in dict.fromkeys(found):
+            if (count := found.count(kind)) > 1:
+                raise UnsupportedInputError(
+                    f"prefill_chunk_size={chunk} puts tokens of {count} encoded pictures, tiles or videos of "
+                    f"kind {kind!r} into chunk {number}, which transformers hands over as one: where one "
+                    "ends and the next begins is lost. Leave out prefill_chunk_size: merging shortens prompts"
+                )
+
+
 def refuse_broken(
     broken: Mapping[int, int], visual: VisualInput, dtype: torch.dtype, finite: Sequence[Mapping[int, Tensor]]
 ) -> None:

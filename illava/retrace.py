@@ -165,7 +165,9 @@ class _Picture:
         if merged is None:
             state = torch.where(before.state == GONE, GONE, INFORMATIVE).to(torch.uint8)
             nobody = torch.zeros_like(before.recycled)
-            return Step("llm", layer, before.tokens, nobody, before.mixed, before.sources, state)
+            return Step(
+                "llm", layer, before.tokens, nobody, before.mixed, before.sources, before.stands, state
+            )
         record, after = merged
         kept, recycled = (self._own(x) for x in (record.kept, record.recycled))
         own = torch.isin(record.ranked, self.names)
@@ -209,6 +211,7 @@ class _Picture:
         return Step(
             stage, layer, tokens, torch.isin(tokens, recycled), mixed[tokens],
             self._in_patches(take(sources, tokens)),
+            self._in_patches(take(stands, tokens)),
             self._over_patches(state),
             None if importance is None else self._over_patches(_spread(stands, importance)),
         )  # fmt: skip

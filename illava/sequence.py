@@ -11,6 +11,7 @@ Notation for tensor shapes: B rows, L tokens of the caller, n slots of a stage, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,10 +22,9 @@ from illava.errors import CacheError
 from illava.merge import compact
 
 
-class MergedLayer(DynamicLayer):
-    """A cache layer that holds fewer keys than the caller has tokens.
-
-    To Hugging Face code it speaks of the caller's length; `positions` says what it really holds.
+@dataclass
+class Held:
+    """What a `MergedLayer` holds.
 
     Attributes:
         positions: `[B, K]` the caller's position of each key, -1 for padding; `None` while empty.
@@ -33,16 +33,48 @@ class MergedLayer(DynamicLayer):
         history: which merges shaped it; layers of equal history hold equal positions.
     """
 
+    positions: Tensor | None = None
+    seen: int = 0
+    ragged: bool = False
+    history: tuple[tuple[int, int], ...] = ()
+
+
+class MergedLayer(DynamicLayer):
+    """A cache layer that holds fewer keys than the caller has tokens.
+
+    To Hugging Face code it speaks of the caller's length; `held` says what it really holds. What an
+    `update` makes of that is worked out when it is announced, so that the update itself, which
+    torch.compile traces, only puts it in place.
+    """
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.positions: Tensor | None = None
-        self.seen = 0
-        self.ragged = False
-        self.history: tuple[tuple[int, int], ...] = ()
-        self._expected: tuple[Tensor, int, bool, tuple[int, int] | None] | None = None
+        self.held = Held()
+        self._expected: Held | None = None
 
-    def expect(self, positions: Tensor, new_tokens: int, ragged: bool, mark: tuple[int, int] | None) -> None:
+    @property
+    def positions(self) -> Tensor | None:
+        return self.held.positions
+
+    @property
+    def seen(self) -> int:
+        return self.held.seen
+
+    @property
+    def ragged(self) -> bool:
+        return self.held.ragged
+
+    @property
+    def history(self) -> tuple[tuple[int, int], ...]:
+        return self.held.history
+
+    def expect(
+        self, positions: Tensor | None, new_tokens: int, ragged: bool, mark: tuple[int, int] | None
+    ) -> Held:
         """Announce what the next `update` brings: `[B, n]` positions for `new_tokens` of the caller.
+
+        Returns:
+            What will be held then. Positions that are not known yet (`None`) are filled in there.
 
         Raises:
             CacheError: another tool has changed the keys since.
@@ -55,7 +87,21 @@ class MergedLayer(DynamicLayer):
                 "thrown out some of them (a KV-cache compressor such as kvpress?), and nobody knows which "
                 "positions are left. Remove that tool, or patch with llm_layers=() and vit_layers=()"
             )
-        self._expected = (positions, new_tokens, ragged, mark)
+        history = self.history if mark is None else (*self.history, mark)
+        self._expected = Held(None, self.seen + new_tokens, self.ragged or ragged, history)
+        if positions is not None:
+            self._expected.positions = self.followed_by(positions)
+        return self._expected
+
+    def followed_by(self, positions: Tensor) -> Tensor:
+        """`[B, K + n]` positions of the keys held and of new ones."""
+        if self.positions is None:
+            return positions
+        return torch.cat([self.positions, positions.to(self.positions.device)], dim=1)
+
+    def withdraw(self) -> None:
+        """Take back what was announced and did not come."""
+        self._expected = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -66,16 +112,8 @@ class MergedLayer(DynamicLayer):
                 "model; an unpatched model cannot continue it. Patch the model again, or start with a "
                 "new cache"
             )
-        positions, new_tokens, ragged, mark = self._expected
-        self._expected = None
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        positions = positions.to(keys.device)
-        self.positions = (
-            positions if self.positions is None else torch.cat([self.positions, positions], dim=1)
-        )
-        self.seen += new_tokens
-        self.ragged |= ragged
-        self.history += () if mark is None else (mark,)
+        self.held, self._expected = self._expected, None
         return keys, values
 
     def get_seq_length(self, *args: Any) -> int:
@@ -97,9 +135,8 @@ class MergedLayer(DynamicLayer):
         index = compact(keep, length)  # [B, length]
         self.keys = take_rows(self.keys, index[:, None].expand(-1, self.keys.shape[1], -1))
         self.values = take_rows(self.values, index[:, None].expand(-1, self.values.shape[1], -1))
-        self.positions = self.positions.masked_fill(~keep, -1).gather(1, index)
-        self.seen = target
-        self.ragged = bool((self.positions < 0).any())
+        positions = self.positions.masked_fill(~keep, -1).gather(1, index)
+        self.held = Held(positions, target, bool((positions < 0).any()), self.history)
 
     def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
@@ -116,12 +153,11 @@ class MergedLayer(DynamicLayer):
     def reset(self) -> None:
         self.keys = self.values = None
         self.is_initialized = False
-        self.positions, self.seen, self.ragged, self.history = None, 0, False, ()
-        self._expected = None
+        self.held, self._expected = Held(), None
 
     def _rows(self, change: Any) -> None:
         if self.positions is not None:
-            self.positions = change(self.positions)
+            self.held = replace(self.held, positions=change(self.positions))
 
 
 def is_merged(cache: Any) -> bool:
@@ -175,11 +211,11 @@ def cache_layer(cache: Any, layer: int, batch: int, device: torch.device) -> Mer
     if isinstance(current, MergedLayer):
         return current
     merged = MergedLayer()
-    merged.seen = current.get_seq_length()
-    if merged.seen:
+    seen = current.get_seq_length()
+    if seen:
         merged.keys, merged.values = current.keys, current.values
         merged.dtype, merged.device, merged.is_initialized = current.dtype, current.device, True
-        merged.positions = torch.arange(merged.seen, device=device).expand(batch, -1)
+        merged.held = Held(torch.arange(seen, device=device).expand(batch, -1), seen)
     cache.layers[layer] = merged
     return merged
 
@@ -206,6 +242,13 @@ def valid_positions(positions: Tensor, padding_mask: Tensor | None) -> Tensor:
     return positions.masked_fill(~real, -1)
 
 
+def needs_mask(implementation: str, queries: int, keys: int, unpadded: bool) -> bool:
+    """Whether an implementation's own causal masking of the last `queries` of `keys` is wrong."""
+    if implementation.startswith("flash"):
+        return not unpadded
+    return not (unpadded and (queries == 1 or (queries == keys and implementation == "sdpa")))
+
+
 def attention_mask(
     implementation: str,
     queries: Tensor,
@@ -228,10 +271,10 @@ def attention_mask(
         implementation's own causal masking is right.
     """
     length, total = queries.shape[1], keys.shape[1]
-    if implementation.startswith("flash"):
-        return None if unpadded else keys >= 0
-    if unpadded and (length == 1 or (length == total and implementation == "sdpa")):
+    if not needs_mask(implementation, length, total, unpadded):
         return None
+    if implementation.startswith("flash"):
+        return keys >= 0
     visible = (keys[:, None] >= 0) & (keys[:, None] <= queries[:, :, None])  # [B, n, K]
     # A padded query sees nothing; it looks at itself, so that no softmax is taken over nothing.
     itself = torch.eye(length, dtype=torch.bool, device=keys.device)

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from illava import merge
-from illava.attention import Spans, choose_backend, span_attention, varlen_attention, varlen_log_sum_exp
+from illava.attention import Choices, Spans, span_attention, varlen_attention, varlen_log_sum_exp
 from illava.candidates import Candidates, decide
 from illava.families.layout import Layout
 from illava.families.seams import Seams
@@ -23,7 +24,7 @@ from illava.schedule import ModelPlan, SegmentSchedule
 from illava.tracing import EncoderTrace, record_merge
 from illava.transfer import on
 from illava.vision_scores import BlockAttention, weigh
-from illava.vision_stage import Stage
+from illava.vision_stage import BlockInputs, Stage
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class VisionCall:
         implementation: the attention implementation the user chose.
         records: whether the caller wants every block's output.
         traced: whether to write down what each merge does.
+        choices: how attention statistics are computed.
+        plan_id: tells one handle's calls from another's.
     """
 
     def __init__(
@@ -72,10 +75,14 @@ class VisionCall:
         implementation: str,
         records: bool = False,
         traced: bool = False,
+        choices: Choices | None = None,
+        plan_id: int = -1,
     ) -> None:
+        self._choices = Choices() if choices is None else choices
         self.settings, self.layout, self.depth = plan.settings, layout, plan.vit_depth
         # Not `seams`: a call that was interrupted waits in its thread's context, and must not keep the model.
         self.full_attention_blocks, self.dead_rows = seams.full_attention_blocks, seams.dead_rows
+        self.window_patches = seams.window_patches
         sides = [layout.frame_units[i] for i in _first_frames(layout.grids)]
         self.schedules: list[SegmentSchedule] = [
             plan.segment(t, units) for (t, _, _), units in zip(layout.grids, sides, strict=True)
@@ -85,13 +92,24 @@ class VisionCall:
             block: tuple(per_size[size][i] for size in layout.frame_units)
             for i, block in enumerate(plan.vit_layers)
         }
+        self.merging = frozenset(block for block, counts in self.removed.items() if any(counts))
+        # Blocks whose attention a merge reads: a merge at the output of the last block reads that block's.
+        self.scoring = frozenset(min(block, self.depth - 1) for block in self.merging)
+        self.plan_id, self.padded = plan_id, layout.padded
+        self.outer: Any = None  # what was under way around it
+        self.now: BlockInputs | None = None  # of the stage under way; `None` for the first
+        # Whether what follows can be operations of a compiled graph, and their output sizes (`_foresee`).
+        self.traceable = not layout.padded and seams.regrid is None
+        self.sizes: dict[int, Tensor] = {}
         self.implementation = implementation
         self.backend: str | None = None
         units, tokens, members = (
             on(device, x) for x in (torch.arange(layout.total_units), layout.tokens(), layout.members())
         )
         self.stages = [Stage(0, layout, units, tokens, members, layout.frame_units)]
+        self._foresee()
         self.attending: int | None = None
+        self.bounds: Tensor | None = None  # of the spans the attending block was given
         self.merged: dict[int, Tensor] = {}
         self.observed: dict[str, Tensor] = {}
         self.outputs: dict[int, Tensor] | None = {} if records else None
@@ -99,6 +117,18 @@ class VisionCall:
         self._spans: Spans | None = None
         self._seen: dict[int, BlockAttention] = {}
         self._finite: dict[int, Tensor] = {}
+
+    def _foresee(self) -> None:
+        """Sizes after each merge, as the shape of a tensor without elements, which torch.compile lets
+        vary: tokens, tokens of the full grid and one more, rows and their width."""
+        counts, layout = self.stages[0].frame_counts, self.layout
+        for block in sorted(self.merging):
+            counts = tuple(n - r for n, r in zip(counts, self.removed[block], strict=True))
+            lengths = [layout.prefix + n * layout.unit_tokens for n in counts]
+            rows = (1, sum(lengths)) if layout.row_tokens is None else (len(lengths), max(lengths))
+            self.sizes[block] = torch.empty(
+                (sum(lengths), layout.total_tokens + 1, *rows, 0), dtype=torch.int32
+            )
 
     @cached_property
     def record(self) -> EncoderRecord:
@@ -110,15 +140,7 @@ class VisionCall:
 
     @property
     def removes(self) -> bool:
-        return any(any(counts) for counts in self.removed.values())
-
-    def merges_at(self, block: int) -> bool:
-        """Whether `block` merges; the number of blocks stands for the output of the last."""
-        return any(self.removed.get(block, ()))
-
-    def scores_at(self, block: int) -> bool:
-        """Whether a merge, in `block` or at its output, reads its attention."""
-        return self.merges_at(block) or (block == self.depth - 1 and self.merges_at(block + 1))
+        return bool(self.merging)
 
     def stage(self, block: int) -> Stage:
         """What `block` is given."""
@@ -129,7 +151,7 @@ class VisionCall:
         stage = self.stage(block)
         if cu_seqlens is None or block in self.full_attention_blocks:
             cu_seqlens = None
-        self._spans = stage.spans(cu_seqlens)
+        self._spans = stage.spans(cu_seqlens, self.window_patches)
         self.attending = block
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -139,10 +161,10 @@ class VisionCall:
             raise RuntimeError("attend() without begin_attention()")
         stage = self.stage(block)
         q, k, v = stage.pack(q), stage.pack(k), stage.pack(v)  # [N, H, D]
-        if not self.scores_at(block):
+        if block not in self.scoring:
             eager = self.implementation == "eager"
             return stage.unpack(span_attention(q, k, v, spans, scale=scale, eager=eager))
-        self.backend = choose_backend(self.implementation, q.device, q.dtype)
+        self.backend = self._choices(self.implementation, q.device, q.dtype).kernel
         channels = v.shape[-1]
         if self.settings.proportional and stage.sizes is not None:
             q, k, v = weigh(q, k, v, stage.token_sizes(q.device), scale)
@@ -175,23 +197,23 @@ class VisionCall:
         """Who survives a merge, and of what they are made, given `[U, g, d]`."""
         seen = self._seen.pop(min(block, self.depth - 1))
         stage, device = self.stage(block), seen.queries.device
-        counts, members = stage.frame_counts, stage.members.to(device)
+        counts = stage.frame_counts
         starts = on(device, [*accumulate(counts, initial=0)][:-1])[:, None]
         index = (starts + torch.arange(max(counts), device=device)).clamp(max=sum(counts) - 1)
 
         def from_class() -> Tensor:
             class_tokens = on(device, [*accumulate(stage.frame_tokens, initial=0)][:-1])
-            return seen.received_from(class_tokens, stage.frame_tokens)[members].mean(dim=1)
+            return stage.by_unit(seen.received_from(class_tokens, stage.frame_tokens)).mean(dim=1)
 
         candidates = Candidates(
             "vit", block, index, counts,
             tuple(n - r for n, r in zip(counts, self.removed[block], strict=True)),
             features.detach(),
             stage.unit_sizes(device),
-            seen.queries[members][..., : seen.channels],  # [U, g, H, D]
-            seen.keys[members][..., : seen.channels],
+            stage.by_unit(seen.queries)[..., : seen.channels],  # [U, g, H, D]
+            stage.by_unit(seen.keys)[..., : seen.channels],
             seen.scale,
-            _attention=lambda: seen.received(self.settings.score == "lse")[members].mean(dim=1),
+            _attention=lambda: seen.received(stage, self.settings.score == "lse"),
             _class_attention=from_class if stage.layout.prefix else None,
         )  # fmt: skip
         return decide(candidates, self.settings)
@@ -200,31 +222,35 @@ class VisionCall:
         """Apply `block`'s decision to `[N, d]` or `[rows, width, d]`; later blocks get the survivors."""
         stage, removed = self.stage(block), self.removed[block]
         flat = stage.pack(hidden) if hidden.ndim == 3 else hidden  # [N, d]
-        features = flat[stage.members.to(flat.device)]  # [U, g, d]
+        features = stage.by_unit(flat)  # [U, g, d]
         decision = self._decide(block, features)
         if self.trace is not None:
             self.trace.merges.append(record_merge(block, stage.units, decision))
         counts = tuple(n - r for n, r in zip(stage.frame_counts, removed, strict=True))
         keep = decision.keep.to(stage.units.device)  # [U]
         kept = merge.compact(keep[None], sum(counts))[0]  # [U'] ascending
-        alive = torch.ones_like(stage.tokens, dtype=torch.bool)
-        alive[stage.members] = keep[:, None]
-        number = len(stage.tokens) - sum(removed) * stage.layout.unit_tokens
-        kept_tokens = merge.compact(alive[None], number)[0]  # [N'] places among the old survivors
-        rank = alive.long().cumsum(0) - 1
-        members = rank[stage.members[kept]]  # [U', g] places among the new ones
-        after = Stage(
-            min(block + 1, self.depth), stage.layout, stage.units[kept],
-            stage.tokens[kept_tokens], members, counts,
-        )  # fmt: skip
+        if stage.layout.consecutive:
+            tokens = stage.by_unit(stage.tokens)[kept].flatten()  # [N']
+            members = torch.arange(len(tokens), device=tokens.device).view(-1, stage.layout.unit_tokens)
+        else:
+            alive = torch.ones_like(stage.tokens, dtype=torch.bool)
+            alive[stage.members] = keep[:, None]
+            number = len(stage.tokens) - sum(removed) * stage.layout.unit_tokens
+            kept_tokens = merge.compact(alive[None], number)[0]  # [N'] places among the old survivors
+            tokens = stage.tokens[kept_tokens]
+            rank = alive.long().cumsum(0) - 1
+            members = rank[stage.members[kept]]  # [U', g] places among the new ones
+        after = Stage(min(block + 1, self.depth), stage.layout, stage.units[kept], tokens, members, counts)
         if decision.mixture is not None:
             after.sizes = decision.grow(stage.unit_sizes(keep.device))[kept]
         self.stages.append(after)
+        self.now = after.block_inputs()
 
         units = decision.blend(features)  # [U, g, d]
-        blended = units[kept.to(flat.device)].flatten(0, 1)  # [U' * g, d]
-        rows = flat[kept_tokens.to(flat.device)]
-        rows = rows.index_copy(0, members.flatten().to(flat.device), blended)
+        rows = units[kept.to(flat.device)].flatten(0, 1)  # [U' * g, d]
+        if not stage.layout.consecutive:  # tokens of no unit stay, and units' tokens go where they stand
+            places = members.flatten().to(flat.device)
+            rows = flat[kept_tokens.to(flat.device)].index_copy(0, places, rows)
         self.merged[block] = after.unpack(rows) if hidden.ndim == 3 else rows
         return self.merged[block]
 
@@ -246,6 +272,7 @@ class VisionCall:
                 stage.frame_counts, regrids=True, sizes=stage.sizes,
             )
         )  # fmt: skip
+        self.now = self.stages[-1].block_inputs()
         return windows.flatten(0, 1)[order]
 
     def full_grid(self, x: Tensor, stage: Stage) -> Tensor:
@@ -277,6 +304,7 @@ class VisionCall:
         """Let go of what only the blocks needed."""
         for stage in self.stages:
             stage.forget()
+        self.now = None
         self.merged.clear()
         self.outputs = None
 

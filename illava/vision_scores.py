@@ -1,6 +1,6 @@
 """What merges in the vision encoder read of a block's attention.
 
-Notation for tensor shapes: N packed tokens, H heads, D head size, F frames.
+Notation for tensor shapes: N packed tokens, U units, H heads, D head size, F frames.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from illava.attention import Spans, varlen_attention_received
 from illava.transfer import on
+from illava.vision_stage import Stage
 
 # Channels that carry a token's size along: kernels take heads of a multiple of 8.
 EXTRA_CHANNELS = 8
@@ -36,11 +37,16 @@ class BlockAttention:
     scale: float
     channels: int
 
-    def received(self, lse: bool = False) -> Tensor:
-        """`[N]` attention each token receives, or the query statistic `lse`."""
+    def received(self, stage: Stage, lse: bool = False) -> Tensor:
+        """`[U]` attention each unit of this stage receives, or the query statistic `lse`."""
         if lse:
-            return self.lse.mean(dim=1)
-        return varlen_attention_received(self.queries, self.keys, self.lse, self.spans, scale=self.scale)
+            return stage.by_unit(self.lse.mean(dim=1)).mean(dim=1)
+        # Where units stand side by side the kernel averages over them itself.
+        unit = stage.layout.unit_tokens if stage.layout.consecutive else 1
+        received = varlen_attention_received(
+            self.queries, self.keys, self.lse, self.spans, scale=self.scale, unit=unit
+        )
+        return received if stage.layout.consecutive else stage.by_unit(received).mean(dim=1)
 
     def received_from(self, asking: Tensor, lengths: Sequence[int]) -> Tensor:
         """`[N]` attention each token receives from one token of its frame.

@@ -47,14 +47,22 @@ class Support:
             family = mark.args[0]
         if family is None or (report.passed and report.when != "call"):
             return report
+        report.user_properties += [
+            ("capability", f"{family}/{mark.args[0]}") for mark in item.iter_markers("capability")
+        ]
+        return report
+
+    def pytest_runtest_logreport(self, report):
         outcome = report.outcome
         if report.skipped:
             outcome = f"skipped: {report.longrepr[2].removeprefix('Skipped: ')}"
-        for mark in item.iter_markers("capability"):
-            self.outcomes.setdefault((family, mark.args[0]), []).append(outcome)
-        return report
+        for name, value in report.user_properties:
+            if name == "capability":
+                self.outcomes.setdefault(tuple(value.split("/", 1)), []).append(outcome)
 
-    def pytest_sessionfinish(self):
+    def pytest_sessionfinish(self, session):
+        if hasattr(session.config, "workerinput"):  # under `pytest -n` another process gathers
+            return
         import csv
 
         import remote_code

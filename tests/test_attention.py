@@ -1,19 +1,13 @@
 """Statistics of attention: the streamed forms and every kernel against the definition."""
 
-import sys
-from types import ModuleType, SimpleNamespace
-
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from illava.attention import (
-    BACKENDS,
     Spans,
-    choose_backend,
     definition,
-    flash,
     streaming,
     varlen_attention,
     varlen_attention_received,
@@ -366,129 +360,10 @@ def test_low_precision_errs_at_most_twice_as_much_as_plain_low_precision(dtype, 
         assert torch.cat(mine).abs().max() <= 2 * torch.cat(theirs).abs().max()
 
 
-# ---------------------------------------------------------------- kernels this machine does not have
-
-
-def span_by_span(q, k, v, bounds, max_q, scale):
-    """What the packed kernels document: `[N, H, D]` and `[H, N]`, in plain torch."""
-    assert bounds.dtype == torch.int32
-    edges = bounds.tolist()
-    assert edges[0] == 0
-    assert edges[-1] == len(q)
-    assert max(bounds.diff().tolist()) <= max_q
-    outs, levels = [], []
-    for start, stop in zip(edges, edges[1:], strict=False):
-        scores = q[start:stop].transpose(0, 1).float() @ k[start:stop].permute(1, 2, 0).float() * scale
-        outs.append((scores.softmax(-1) @ v[start:stop].transpose(0, 1).float()).transpose(0, 1))
-        levels.append(scores.logsumexp(-1))
-    return torch.cat(outs).to(q.dtype), torch.cat(levels, dim=1)
-
-
-@pytest.fixture
-def flash_attn(monkeypatch):
-    """A CPU stand-in for the flash-attn package; records its calls."""
-    module, calls = ModuleType("flash_attn"), []
-
-    def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        *, softmax_scale, causal, return_attn_probs,
-    ):  # fmt: skip
-        calls.append((max_seqlen_q, causal, return_attn_probs))
-        assert cu_seqlens_q is cu_seqlens_k
-        assert max_seqlen_q == max_seqlen_k
-        out, lse = span_by_span(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale)
-        return out, lse, None
-
-    module.flash_attn_varlen_func = flash_attn_varlen_func
-    module.__spec__ = SimpleNamespace(name="flash_attn")
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    return calls
-
-
-@pytest.fixture
-def torch_varlen(monkeypatch):
-    """A CPU stand-in for `torch.nn.attention.varlen`; records its calls."""
-    module, calls = ModuleType("torch.nn.attention.varlen"), []
-
-    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None):
-        calls.append((max_q, return_aux.lse))
-        assert max_q == max_k
-        return span_by_span(query, key, value, cu_seq_q, max_q, scale)
-
-    module.varlen_attn = varlen_attn
-    module.AuxRequest = lambda lse=False: SimpleNamespace(lse=lse)
-    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
-    monkeypatch.setattr(torch.nn.attention, "varlen", module, raising=False)
-    return calls
-
-
-@pytest.mark.parametrize("name", ["windows of every length and one long", "empty ones"])
-@pytest.mark.parametrize("backend", ["flash_attn_2", "torch_varlen"])
-def test_packed_kernels(name, backend, request):
-    calls = request.getfixturevalue("flash_attn" if backend == "flash_attn_2" else "torch_varlen")
-    q, k, v, spans, _ = packed(name)
-    out, lse = varlen_attention(q, k, v, spans, scale=SCALE, backend=backend)
-    assert calls == [(spans.longest, False, True) if backend == "flash_attn_2" else (spans.longest, True)]
-    expected, level = varlen_attention(q, k, v, spans, scale=SCALE, backend="blocks")
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(lse, level, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(
-        varlen_attention_received(q, k, lse, spans, scale=SCALE),
-        varlen_attention_received(q, k, level, spans, scale=SCALE),
-        **CLOSE,
-    )
-
-
-def test_torchs_own_varlen_still_takes_what_it_is_given():
-    """The stand-in's arguments are those of the real function in this torch."""
-    import inspect
-
-    varlen = pytest.importorskip("torch.nn.attention.varlen", reason="torch before 2.10")
-    parameters = inspect.signature(varlen.varlen_attn).parameters
-    assert list(parameters)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
-    assert {"scale", "return_aux"} <= parameters.keys()
-    assert varlen.AuxRequest(lse=True).lse is True
-
-
-# ---------------------------------------------------------------- which kernel
-
-CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
-HALF, FULL = torch.bfloat16, torch.float32
-BOTH, NOTHING = {"flash_attn", "torch.nn.attention.varlen"}, set()
-
-
-@pytest.mark.parametrize(
-    ("implementation", "device", "dtype", "installed", "backend"),
-    [
-        ("flash_attention_2", CUDA, HALF, BOTH, "flash_attn_2"),
-        ("flash_attention_2", CUDA, torch.float16, BOTH, "flash_attn_2"),
-        ("flash_attention_2", CUDA, HALF, {"torch.nn.attention.varlen"}, "torch_varlen"),
-        ("flash_attention_2", CUDA, FULL, BOTH, "blocks"),
-        ("flash_attention_2", CPU, FULL, BOTH, "torch_cpu"),
-        ("sdpa", CUDA, HALF, BOTH, "torch_varlen"),
-        ("sdpa", CUDA, torch.float16, BOTH, "torch_varlen"),
-        ("sdpa", CUDA, HALF, {"flash_attn"}, "blocks"),
-        ("sdpa", CUDA, HALF, NOTHING, "blocks"),
-        ("sdpa", CUDA, FULL, BOTH, "blocks"),
-        ("sdpa", CPU, FULL, BOTH, "torch_cpu"),
-        ("sdpa", CPU, HALF, NOTHING, "torch_cpu"),
-        ("sdpa", META, FULL, BOTH, "blocks"),
-        ("eager", CUDA, HALF, BOTH, "blocks"),
-        ("eager", CPU, FULL, BOTH, "blocks"),
-    ],
-)
-def test_choice_of_kernel(implementation, device, dtype, installed, backend, monkeypatch, torch_varlen):
-    monkeypatch.setattr(flash, "find_spec", lambda name: object() if name in installed else None)
-    assert choose_backend(implementation, device, dtype) == backend
-    assert backend in BACKENDS
-
-
-def test_a_varlen_that_cannot_return_the_log_sum_exp_is_not_chosen(monkeypatch, torch_varlen):
-    monkeypatch.delattr(torch.nn.attention.varlen, "AuxRequest")
-    monkeypatch.setattr(flash, "find_spec", lambda name: object())
-    assert choose_backend("sdpa", CUDA, HALF) == "blocks"
-
-
-def test_a_torch_without_the_cpu_kernel_streams(monkeypatch):
-    monkeypatch.setattr(torch.ops, "aten", SimpleNamespace())
-    assert choose_backend("sdpa", CPU, FULL) == "blocks"
+def test_spans_whose_lengths_nobody_asks_for():
+    """Boundaries and a bound are enough for a kernel; tables ask for lengths, and leave empty spans out."""
+    spans = Spans.from_cu_seqlens(torch.tensor([0, 4, 4, 9, 10]), longest=6)
+    assert (spans.count, spans.longest, spans.tokens) == (4, 6, None)
+    assert spans.cu_seqlens.tolist() == [0, 4, 4, 9, 10]
+    assert sum(len(index) for index, _ in spans.tables()) == 3
+    assert (spans.lengths, spans.tokens) == ((4, 5, 1), 10)

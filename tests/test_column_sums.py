@@ -42,6 +42,13 @@ def packed(q, k, lengths, *, given=None, **settings):
     return varlen_attention_received(q, k, given.float(), spans, **settings)
 
 
+def packed_unread(q, k, bounds, *, longest, scale, unit):
+    """The same where the host knows no lengths, only a bound; spans may be empty."""
+    spans = Spans.from_cu_seqlens(bounds, longest)
+    lse = varlen_log_sum_exp(q, k, spans, scale=scale, backend="triton")
+    return varlen_attention_received(q, k, lse, spans, scale=scale, unit=unit, backend="triton")
+
+
 def packed_log_sum_exp(q, k, lengths, *, scale):
     spans = Spans.from_lengths(lengths, q.device)
     return varlen_log_sum_exp(q, k, spans, scale=scale, backend="triton")
@@ -366,6 +373,14 @@ def test_what_the_kernel_refuses(change, message):
     call = dict(q=random(1, 2, 8, 16), k=random(1, 2, 8, 16), lse=random(1, 2, 8), scale=1.0) | change
     with pytest.raises(ValueError, match=message):
         column_sums.column_sums(**call)
+
+
+def test_spans_whose_lengths_the_host_does_not_know(run):
+    q, k = random(92, 2, 16), random(92, 2, 16, seed=1)
+    bounds = torch.tensor([0, 64, 64, 88, 88, 88, 92], dtype=torch.int32)
+    found = run(packed_unread, q, k, bounds, longest=70, scale=0.3, unit=4)
+    wanted = run(packed, q, k, (64, 24, 4), scale=0.3, unit=4, backend="torch")
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
 
 
 def test_a_backend_nobody_knows():

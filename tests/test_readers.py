@@ -5,8 +5,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from accuracy_show import kept, wilson
+from accuracy_show import kept
 
+from illava.evaluate.statistics import wilson
 from readers import architectures, batches, material, scenes, tasks
 from readers.batches import Kind
 

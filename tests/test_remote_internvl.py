@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import illava
+from contract.one_hot import same_provenance
 from contract.tools import trace
 
 pytestmark = pytest.mark.family("internvl_chat")
@@ -170,12 +171,13 @@ def pair(request, remote_code):
 
 
 def compare(model, other, inputs, settings):
-    """Logits, ids and reports of both, patched alike."""
-    results = []
+    """Logits, ids, reports and provenance of both, patched alike."""
+    results, made = [], []
     for one in (model, other):
-        with illava.patch(one, **settings) as handle:
+        with illava.patch(one, trace=True, **settings) as handle:
             logits = logits_of(one, inputs) if one is model else plain_logits(one, inputs)
             report = handle.report
+            made.append(report.provenance)
             ids = generate(one, inputs)
             assert handle.report.pictures == report.pictures
             results.append((logits, ids[:, -6:], handle))
@@ -185,6 +187,8 @@ def compare(model, other, inputs, settings):
     assert torch.equal(ids, native_ids)
     assert handle.plan.vit_layers == native_handle.plan.vit_layers
     assert handle.report.pictures == native_handle.report.pictures
+    for own, others in zip(*made, strict=True):
+        same_provenance(own, others)
     return handle
 
 
@@ -533,6 +537,22 @@ def test_a_transposed_pixel_shuffle(remote_code):
     assert torch.isneginf(expected).all(-1).any()
     transposed = features.unflatten(1, (4, 4)).transpose(1, 2).flatten(1, 2)
     torch.testing.assert_close(transposed, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_provenance_through_a_transposed_pixel_shuffle(remote_code):
+    """Visual tokens then come column by column, made of the same patches."""
+    model, tokenizer = remote.internvl(remote_code("internvl2_5_qwen2"))
+    found = []
+    with illava.patch(model, vit_layers=(0, 2), llm_layers=(), reduction=0.6, trace=True) as handle:
+        for version in ("v2", "v1"):
+            model.ps_version = version
+            logits_of(model, prompt(tokenizer, [START, 1, "\nWhat is this?", END]))
+            (own,) = handle.report.provenance
+            found.append(dict(zip(own.entry.tokens.tolist(), own.entry.sources.to_dense(), strict=True)))
+    rows, columns = found
+    assert len(rows) < 16
+    assert {token % 4 * 4 + token // 4 for token in columns} == set(rows)
+    assert all(torch.equal(row, rows[token % 4 * 4 + token // 4]) for token, row in columns.items())
 
 
 # ---------------------------------------------------------------- what is refused

@@ -9,7 +9,9 @@ from remote_code import QUERIES
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionConfig, Idefics2VisionTransformer
 
 import illava
+from contract import one_hot
 from contract.tools import trace
+from references import core
 from references import minicpmv2_6 as reference
 from zoo.common import Image
 
@@ -237,6 +239,52 @@ def test_half_precision(remote_code, dtype):
         assert (merged.dtype, merged.shape) == (dtype, expected.shape)
         assert merged.isfinite().all()
     assert torch.equal(logits_of(model, inputs), expected)
+
+
+# ---------------------------------------------------------------- provenance
+
+
+def looks(model, monkeypatch, inputs, handle, settings):
+    """A `Follower` of the reference, and of each slice how its resampler's queries look at patches."""
+    merges, found = one_hot.Follower(reference, monkeypatch), []
+    attend, resample = reference.attend, reference.resample
+
+    def resampled(resampler, x, patches, width):
+        def attended(q, k, v, allowed):
+            weights = core.scores_of(q, k, allowed).softmax(-1).mean(0)  # [queries, S]
+            found.append(dict(zip(patches, weights.T, strict=True)))
+            return attend(q, k, v, allowed)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(reference, "attend", attended)
+            return resample(resampler, x, patches, width)
+
+    monkeypatch.setattr(reference, "resample", resampled)
+    reference.forward(model, inputs, *removed_by(handle.plan), **options(settings))
+    sizes = [h * w for h, w in inputs["tgt_sizes"][0].tolist()]
+    nothing = torch.zeros(QUERIES)
+    return merges, [
+        torch.stack([own.get(patch, nothing) for patch in range(size)], dim=1)
+        for own, size in zip(found, sizes, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("plan", ["deep", "encoder alone", "decoder alone", "linear"])
+@pytest.mark.parametrize("size", [16, 2])
+def test_provenance_through_the_resampler(model, processor, monkeypatch, plan, size):
+    settings, inputs = LAYERS | PLANS[plan], prompt(processor, ROWS["several pictures"])
+    monkeypatch.setattr(model.config, "vision_batch_size", size)  # slices an encoder call takes
+    with illava.patch(model, trace=True, **settings) as handle:
+        logits_of(model, inputs)
+        own = handle.report.provenance
+    merges, reads = looks(model, monkeypatch, inputs, handle, settings)
+    pictures = [("image", p.frames, 1) for p in own]
+    order = list(range(len(own)))
+    found = one_hot.expected("minicpmv", model, inputs, merges, pictures, order, handle.plan, reads)
+    for picture, wanted in zip(own, found, strict=True):
+        for step in (*picture.merges, picture.entry):
+            one_hot.check_step(step, wanted[step.stage, step.layer], wanted["stands"], picture)
+        one_hot.account(picture)
 
 
 # ---------------------------------------------------------------- several encoder calls

@@ -4,15 +4,21 @@ Tensors that claim to live on a CUDA device but hold no data stand in for real o
 them, which on a GPU would wait for it, fails here. Copies to the device must not block either.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from packaging.version import Version
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
 
-from illava import merge
+from illava import language, merge, vision, vision_scores
 from illava.attention import column_sums
 from illava.families.layout import Layout
+from illava.families.visual import VisualInput
+from illava.hooks import EncoderHooks, under_way
+from illava.language import LanguageCall
 from illava.plan import Plan
 from illava.schedule import resolve
 from illava.vision import VisionCall
@@ -64,7 +70,9 @@ def test_selecting_and_blending(device, rule):
 
 class Parts:
     full_attention_blocks = frozenset(range(4))
+    window_patches = 0
     dead_rows = float("-inf")
+    regrid = None
 
 
 LAYOUTS = {
@@ -96,3 +104,94 @@ def test_merging_in_the_encoder(device, layout):
         hidden = torch.empty(rows, width, 32, device=CUDA, dtype=torch.bfloat16)
         call.merge(block, hidden)
     call.full_grid(call.merged[1], call.stages[-1])
+
+
+class Windowed(Parts):
+    full_attention_blocks = frozenset({3})
+    window_patches = 16
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "flash_attention_2"])
+def test_merging_in_windows(device, monkeypatch, implementation):
+    """How many tokens of a window survived a merge only the device knows, and nobody asks it."""
+
+    def attend(q, k, v, spans, *, scale, backend):
+        assert spans.longest <= 16
+        return torch.empty_like(q), torch.empty(q.shape[:2], device=CUDA)
+
+    def received(q, k, lse, spans, *, scale, unit=1):
+        assert unit == 4, "units stand side by side: the kernel averages over them"
+        assert spans.tokens is None
+        return torch.empty(len(q) // unit, device=CUDA)
+
+    monkeypatch.setattr(vision, "varlen_attention", attend)
+    monkeypatch.setattr(vision_scores, "varlen_attention_received", received)
+    layout = Layout(((1, 8, 8), (1, 8, 12)), 2)
+    plan = resolve(
+        Plan((0, 1, 2), (), 0.5), vit_default=(), llm_default=(), vit_depth=4, llm_depth=4, merge_size=2
+    )
+    call = VisionCall(plan, Windowed, layout, CUDA, implementation, plan_id=-7)
+    hooks = EncoderHooks(SimpleNamespace(plan=plan, seams=Windowed, fast_windows=False, number=-7))
+    under_way.VISION.enter(call)
+    windows = torch.empty(11, dtype=torch.int32, device=CUDA)
+    for block in (0, 1, 2):
+        tokens = len(call.stages[-1].tokens)
+        given = {"cu_seqlens": windows}
+        _, given = hooks.enter_block(None, (), given, number=block) or ((), given)
+        _, given = hooks.enter_block_attention(block, (), given)
+        assert given["cu_seqlens"].device.type == "cpu", "where Hugging Face reads it back"
+        q = torch.empty(1, tokens, 2, 16, device=CUDA, dtype=torch.bfloat16)
+        call.begin_attention(call.attending, call.bounds)
+        call.attend(q, q, q, 0.25)
+        call.merge(block, torch.empty(tokens, 32, device=CUDA, dtype=torch.bfloat16))
+    under_way.VISION.leave(call)
+    assert len(call.stages) == 4
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("queries", ["text", "all", "visual", "last"])
+def test_merging_in_the_language_model(device, monkeypatch, padded, queries):
+    """One transfer when the decoder is entered, and no other until it is left."""
+    transfers, length = [], 40
+    monkeypatch.setattr(language, "to_host", lambda x: transfers.append(x.shape) or x)
+    plan = resolve(
+        Plan((), (0, 1), 0.5, queries=queries), vit_default=(), llm_default=(), vit_depth=4, llm_depth=3,
+        merge_size=2, scoring_layers=frozenset(range(3)),
+    )  # fmt: skip
+    seams = SimpleNamespace(
+        layers=range(3), scoring_layers=frozenset(range(3)), newline=None,
+        language_model=SimpleNamespace(config=None),
+    )  # fmt: skip
+    with unset_fake_temporarily():  # what is laid out on the host needs values
+        segment = torch.full((2, length), -1)
+        segment[0, 5:25], segment[1, 10:30] = 0, 1
+        visual = VisualInput(segment, ("image", "image"), (20, 20), ((20,), (20,)))
+        mask = torch.ones(2, length, dtype=torch.long)
+        mask[1, :3] = 0
+        call = LanguageCall(
+            plan, seams, torch.zeros(2, length, 32), visual, mask if padded else None, 0, "sdpa", 0
+        )
+    assert transfers == [(2 + padded, 2, length)]
+    first = call.stages[0]
+    first.positions, first.entry = (torch.empty_like(x, device=CUDA) for x in (first.positions, first.entry))
+    for name in ("entry_columns", "table", "_text", *(("padding_mask",) if padded else ())):
+        setattr(call, name, torch.empty_like(getattr(call, name), device=CUDA))
+
+    hidden = call.merge_input(call.enter_features(torch.empty(2, length, 32, device=CUDA)))
+    rotary = tuple(call.enter(torch.empty(2, length, 8, device=CUDA)) for _ in range(2))
+    cache = DynamicCache()
+    call.begin(cache)
+    for cached in cache.layers:  # Hugging Face's own way to begin one copies from the host
+        cached.keys = cached.values = torch.empty(2, 2, 0, 16, device=CUDA)
+        cached.is_initialized = True
+    for layer in range(3):
+        q, k = (torch.empty(2, heads, hidden.shape[1], 16, device=CUDA) for heads in (4, 2))
+        keys, _ = cache.layers[layer].update(k, k)
+        if layer in call.scored:
+            call.attended[layer] = q, keys, 0.25
+        if layer in call.merging:
+            hidden = call.leave_layer(layer, hidden, rotary)
+            rotary = call.layers.now.rotary
+    assert len(call.stages) == 3
+    assert call.leave(hidden, 3).shape == (2, length, 32)
+    assert len(transfers) == 1

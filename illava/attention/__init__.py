@@ -3,10 +3,10 @@
 Needs nothing but torch; on CUDA a Triton kernel computes what it can.
 """
 
+from illava.attention.choice import AttentionChoice, Choices, choose
 from illava.attention.column_sums import column_sum_backend
 from illava.attention.flash import (
     BACKENDS,
-    choose_backend,
     varlen_attention,
     varlen_attention_received,
     varlen_log_sum_exp,
@@ -15,9 +15,11 @@ from illava.attention.output import span_attention
 from illava.attention.spans import Spans
 
 __all__ = [
+    "AttentionChoice",
     "BACKENDS",
+    "Choices",
     "Spans",
-    "choose_backend",
+    "choose",
     "span_attention",
     "column_sum_backend",
     "varlen_attention",

@@ -214,7 +214,7 @@ def column_sums(
 
     if q_positions is not None:  # padding gives nothing
         lse = lse.masked_fill((q_positions < 0)[:, None], math.inf)
-    blocks, longest = (batch, keys) if spans is None else (len(spans.lengths), spans.longest)
+    blocks, longest = (batch, keys) if spans is None else (spans.count, spans.longest)
     tiles = max(blocks, batch * _ceil(keys, NOMINAL_TILE))
     most = (queries if spans is None else longest) // LEAST_QUERIES
     heads_apart, queries_apart = _splits(tiles, heads // group, most, q.device)
@@ -260,7 +260,7 @@ def log_sum_exp(
         return q.new_full((batch, heads, queries), -math.inf, dtype=torch.float32)
     from illava.attention import column_sum_kernels as kernels
 
-    blocks, longest = (batch, queries) if spans is None else (len(spans.lengths), spans.longest)
+    blocks, longest = (batch, queries) if spans is None else (spans.count, spans.longest)
     tiles = heads * max(blocks, batch * _ceil(queries, NOMINAL_TILE))
     most = (keys if spans is None else longest) // LEAST_KEYS
     _, apart = _splits(tiles, 1, most, q.device)
@@ -287,8 +287,9 @@ def _check(q: Tensor, k: Tensor, spans: Spans | None) -> tuple[int, int, int, in
         raise ValueError(f"the kernel takes heads of one size up to {LARGEST_HEAD}: {size}, {key_size}")
     if heads % key_heads or batch != others:
         raise ValueError(f"{heads} query heads and {key_heads} key heads, {batch} rows and {others}")
-    if spans is not None and (batch != 1 or sum(spans.lengths) != q.shape[2] or q.shape[2] != k.shape[2]):
-        raise ValueError(f"spans of {sum(spans.lengths)} tokens, q {list(q.shape)}, k {list(k.shape)}")
+    wrong = batch != 1 or q.shape[2] != k.shape[2]
+    if spans is not None and (wrong or spans.tokens not in (None, q.shape[2])):
+        raise ValueError(f"spans of {spans.tokens} tokens, q {list(q.shape)}, k {list(k.shape)}")
     first = max(16, 1 << (size.bit_length() - 1))
     rest = max(0, size - first)
     return heads // key_heads, size, first, max(16, 1 << (rest - 1).bit_length()) if rest else 0

@@ -8,7 +8,11 @@ backend         call                                         where
 `torch_cpu`     `aten::_scaled_dot_product_flash_attention_  CPU, any floating type
                 for_cpu`
 `torch_varlen`  `torch.nn.attention.varlen.varlen_attn`      CUDA, fp16/bf16, torch 2.10
-`flash_attn_2`  `flash_attn.flash_attn_varlen_func`          where flash-attn is installed
+`torch_flash`   `aten::_scaled_dot_product_flash_attention`  CUDA, fp16/bf16, older torch
+`flash_attn_2`  `flash_attn.flash_attn_varlen_func`          where flash-attn 2 is installed
+`flash_attn_3`  `flash_attn_interface.flash_attn_varlen_     where flash-attn 3 is installed
+                func`
+`flash_attn_4`  `flash_attn.cute.flash_attn_varlen_func`     where flash-attn-4 is installed
 `blocks`        plain torch, streamed over queries           anywhere
 =============== ============================================ =========================
 
@@ -17,35 +21,22 @@ All of them are differentiable in their output; the log-sum-exp carries no gradi
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from illava.attention import column_sums, streaming
+from illava.attention.choice import PACKAGES, varlen_function
 from illava.attention.spans import Spans
 
-BACKENDS = ("torch_cpu", "torch_varlen", "flash_attn_2", "blocks")
-
-
-def choose_backend(implementation: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The kernel that yields the log-sum-exp for a model that attends with `implementation`.
-
-    Args:
-        implementation: the model's `_attn_implementation` (`"sdpa"`, `"eager"`,
-            `"flash_attention_2"`).
-        device, dtype: where and in what type the vision encoder runs.
-    """
-    half = dtype in (torch.float16, torch.bfloat16)
-    if implementation == "flash_attention_2" and half and find_spec("flash_attn") is not None:
-        return "flash_attn_2"
-    if implementation == "eager":
-        return "blocks"
-    if device.type == "cpu" and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
-        return "torch_cpu"
-    if device.type == "cuda" and half and has_varlen():
-        return "torch_varlen"
-    return "blocks"
+BACKENDS = (
+    "torch_cpu",
+    "torch_varlen",
+    "torch_flash",
+    "flash_attn_2",
+    "flash_attn_3",
+    "flash_attn_4",
+    "blocks",
+)
 
 
 def varlen_attention(
@@ -62,13 +53,13 @@ def varlen_attention(
     Returns:
         Output `[N, H, D]` and log-sum-exp `[N, H]` in fp32.
     """
-    if backend == "flash_attn_2":
-        return _flash_attn_2(q, k, v, spans, scale)
+    if backend.startswith("flash_attn"):
+        return _flash_attn(backend, q, k, v, spans, scale)
     if backend == "torch_varlen":
         return _torch_varlen(q, k, v, spans, scale)
-    dense = _dense_cpu if backend == "torch_cpu" else _dense_blocks
+    dense = {"torch_cpu": _dense_cpu, "torch_flash": _torch_flash}.get(backend, _dense_blocks)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-    for index, real in spans.tables():
+    for index, real in spans.tables(padded=backend != "torch_flash"):
         a, b, c = (x[index].transpose(1, 2) for x in (q, k, v))  # [s, H, l, D]
         o, level = dense(a, b, c, real, scale)
         place = index.flatten() if real is None else index[real]
@@ -157,15 +148,6 @@ def _one_row(x: Tensor) -> Tensor:
     return x.transpose(0, 1)[None]
 
 
-def has_varlen() -> bool:
-    """torch's varlen attention, and its option to return the log-sum-exp (torch 2.10)."""
-    if find_spec("torch.nn.attention.varlen") is None:
-        return False
-    from torch.nn.attention import varlen
-
-    return hasattr(varlen, "AuxRequest")
-
-
 def _dense_cpu(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     mask = None
     if real is not None:
@@ -201,11 +183,20 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float) -
     return out, lse.transpose(0, 1)  # [H, N] -> [N, H]
 
 
-def _flash_attn_2(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float) -> tuple[Tensor, Tensor]:
-    from flash_attn import flash_attn_varlen_func
+def _torch_flash(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """torch's flash attention of equally long spans, `[s, H, l, D]`; it takes no mask."""
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, scale=scale)
+    return out, lse[..., : q.shape[2]]
 
-    out, lse, _ = flash_attn_varlen_func(
-        q, k, v, spans.cu_seqlens, spans.cu_seqlens, spans.longest, spans.longest,
-        softmax_scale=scale, causal=False, return_attn_probs=True,
+
+def _flash_attn(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float
+) -> tuple[Tensor, Tensor]:
+    """flash-attn's own packages. All give `[H, N]` in fp32 behind the output; 2 adds a dropout mask."""
+    module, option = next((m, o) for name, m, o, _ in PACKAGES.values() if name == backend)
+    out, lse, *_ = varlen_function(module)(
+        q, k, v, cu_seqlens_q=spans.cu_seqlens, cu_seqlens_k=spans.cu_seqlens,
+        max_seqlen_q=spans.longest, max_seqlen_k=spans.longest,
+        softmax_scale=scale, causal=False, **{option: True},
     )  # fmt: skip
     return out, lse.transpose(0, 1)  # [H, N] -> [N, H]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from illava.attention.flash import has_varlen, varlen_attention
+from illava.attention.choice import has_varlen
+from illava.attention.flash import varlen_attention
 from illava.attention.spans import Spans
 
 

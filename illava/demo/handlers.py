@@ -13,7 +13,7 @@ from illava.demo import cards
 from illava.demo.asking import Answer, Asker, Prompt
 from illava.demo.controls import plan_of
 from illava.demo.media import Limits, read
-from illava.demo.overlays import draw_overlays
+from illava.demo.overlays import Overlays
 from illava.demo.sessions import Session, Sessions
 from illava.errors import DemoError, IllavaError, UploadError
 from illava.plan import Plan
@@ -32,6 +32,7 @@ class Shown(NamedTuple):
     verdict: Any = gr.skip()
     stairs: Any = gr.skip()
     merge: Any = gr.skip()
+    importance: Any = gr.skip()
     overlay: Any = gr.skip()
 
 
@@ -62,8 +63,8 @@ class Handlers:
         """Ask both sides, the unpatched one first."""
         session = self.sessions.of(request.session_hash)
         stop = session.begin()
-        session.asked = session.unpatched = session.patched = None
-        session.overlays = ()
+        session.asked = session.unpatched = None
+        session.overlays = None
         try:
             plan = plan_of(*controls)
             if words := self.look(request, gallery):
@@ -71,23 +72,24 @@ class Handlers:
                 return
             prompt = self._prompt(session, question)
             waiting = cards.card("illava", None, state="after the unpatched model")
-            yield Shown("", cards.card("unpatched", None, state="looking"), waiting, "", "", _no_slider(), "")
+            looking = cards.card("unpatched", None, state="looking")
+            yield Shown("", looking, waiting, "", "", _hidden(), _hidden(), "")
             for answer in self.asker.ask(prompt, None, answer_tokens=int(answer_tokens), stop=stop):
                 session.unpatched = answer
                 yield Shown(unpatched=cards.card("unpatched", answer))
             session.asked = prompt
             if not stop.is_set():
-                yield from self._patched(session, plan, int(answer_tokens), 0)
+                yield from self._patched(session, plan, int(answer_tokens), 0, False)
         except Exception as error:
             yield Shown(notice=_words(error))
 
     def ask_again(
-        self, request: gr.Request, merge: float, answer_tokens: float, *controls: Any
+        self, request: gr.Request, merge: float, importance: bool, answer_tokens: float, *controls: Any
     ) -> Iterator[Shown]:
         """Ask the patched side again, under another plan; the unpatched answer stays as it is.
 
         Args:
-            merge: the merge whose overlay is shown, which stays where it is if it can.
+            merge, importance: which overlay is shown, and whether with what ranked the tokens; stays so.
         """
         session = self.sessions.of(request.session_hash)
         if session.asked is None or session.unpatched is None:
@@ -95,7 +97,8 @@ class Handlers:
             return
         session.begin()
         try:
-            yield from self._patched(session, plan_of(*controls), int(answer_tokens), int(merge))
+            plan = plan_of(*controls)
+            yield from self._patched(session, plan, int(answer_tokens), int(merge), importance)
         except Exception as error:
             yield Shown(notice=_words(error))
 
@@ -103,13 +106,12 @@ class Handlers:
         """End the answer under way after the token that is being made."""
         self.sessions.of(request.session_hash).stop.set()
 
-    def show(self, request: gr.Request, merge: float) -> tuple[str, str]:
+    def show(self, request: gr.Request, merge: float, importance: bool) -> tuple[str, str]:
         """The overlay of one merge, and its place on the stairs."""
-        session = self.sessions.of(request.session_hash)
-        if not session.overlays or session.patched is None:
+        overlays = self.sessions.of(request.session_hash).overlays
+        if overlays is None:
             return "", ""
-        place = min(int(merge), len(session.overlays) - 1)
-        return session.overlays[place], cards.staircase(session.patched.report, place)
+        return overlays.html(int(merge), importance), cards.staircase(overlays.report, int(merge))
 
     def close(self, request: gr.Request) -> None:
         """The tab is gone."""
@@ -126,7 +128,9 @@ class Handlers:
             )
         return Prompt(session.shown, question.strip())
 
-    def _patched(self, session: Session, plan: Plan, answer_tokens: int, merge: int) -> Iterator[Shown]:
+    def _patched(
+        self, session: Session, plan: Plan, answer_tokens: int, merge: int, importance: bool
+    ) -> Iterator[Shown]:
         """The patched side, and then everything that is known of it."""
         plain, prompt = session.unpatched, session.asked
         if prompt is None:
@@ -134,21 +138,25 @@ class Handlers:
         answer = Answer()
         yield Shown("", patched=cards.card("illava", None, plain, "looking"), verdict="")
         for answer in self.asker.ask(prompt, plan, answer_tokens=answer_tokens, stop=session.stop):
-            session.patched = answer
             yield Shown(patched=cards.card("illava", answer, plain))
         report = answer.report
-        session.overlays = () if report is None else draw_overlays(report, prompt.shown)
-        last = len(session.overlays) - 1
+        if report is None:
+            session.overlays = None
+            yield Shown(stairs="", merge=_hidden(), importance=_hidden(), overlay="")
+            return
+        session.overlays = overlays = Overlays(report, prompt.shown)
+        last = overlays.last
         place = merge if 0 < merge <= last else last
         yield Shown(
             verdict=cards.verdict(plain, answer),
             stairs=cards.staircase(report, place),
-            merge=gr.update(maximum=last, value=place, visible=True) if last > 0 else _no_slider(),
-            overlay=session.overlays[place] if session.overlays else "",
+            merge=gr.update(maximum=last, value=place, visible=True) if last else _hidden(),
+            importance=gr.update(visible=last > 0),
+            overlay=overlays.html(place, importance),
         )
 
 
-def _no_slider() -> Any:
+def _hidden() -> Any:
     return gr.update(visible=False)
 
 

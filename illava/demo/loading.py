@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
 from illava.demo.asking import Asker, Prompt
 from illava.demo.media import Limits, read
 from illava.demo.samples import SAMPLES
 from illava.errors import DemoError
+from illava.evaluate.loading import load as load_checkpoint
 
 READER = Path("checkpoints", "qwen2_5_vl")
 
@@ -30,32 +28,15 @@ def default_model() -> str:
     )
 
 
-def load(name: str, device: str | None = None, dtype: str | None = None) -> Asker:
-    """A model and its processor, ready to be asked.
-
-    Args:
-        name: folder or name of a checkpoint.
-        device: for example `"cuda"`; by default a GPU where there is one.
-        dtype: for example `"bfloat16"`, which is the default on CUDA; elsewhere `"float32"`.
+def load(name: str, device: str | None = None, dtype: str | None = None, attn: str = "sdpa") -> Asker:
+    """A model and its processor, ready to be asked; arguments as those of `illava.evaluate.load`.
 
     Raises:
-        DemoError: no such checkpoint, or none that takes pictures.
+        CheckpointError: no such checkpoint, or none that can be asked.
         UnsupportedModelError: not a model of a supported family.
     """
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    kind = getattr(torch, dtype or ("bfloat16" if where.type == "cuda" else "float32"), None)
-    if not isinstance(kind, torch.dtype):
-        raise DemoError(f"--dtype {dtype} is no type of numbers; take float32, bfloat16 or float16")
-    try:
-        processor = AutoProcessor.from_pretrained(name)
-        model: torch.nn.Module = AutoModelForImageTextToText.from_pretrained(name, dtype=kind)
-    except (OSError, ValueError) as error:
-        raise DemoError(
-            f"{name} cannot be loaded as a model that takes pictures: {str(error).splitlines()[0]}"
-        ) from error
-    if getattr(processor, "chat_template", None) is None:
-        raise DemoError(f"{name} has no chat template; name a checkpoint that was trained to answer")
-    asker = Asker(model.to(where).eval(), processor, Path(name).name if Path(name).is_dir() else name)
+    loaded = load_checkpoint(name, device=device, dtype=dtype, attn=attn)
+    asker = Asker(loaded.model, loaded.processor, Path(name).name if Path(name).is_dir() else name)
     sample = SAMPLES[0]
     asker.warm_up(Prompt([read(Path(file), Limits()) for file in sample.files], sample.question))
     return asker

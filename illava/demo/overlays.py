@@ -1,4 +1,4 @@
-"""Where the tokens went, one picture per merge, as HTML that carries its pictures inside itself.
+"""Where the tokens went, merge by merge, as HTML that carries its picture inside itself.
 
 Nothing is written to disk: what a tab was shown is gone with the tab.
 """
@@ -7,46 +7,73 @@ from __future__ import annotations
 
 import base64
 import io
+import threading
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
+from illava.demo.cards import notice
 from illava.demo.media import Clip, Picture
-from illava.demo.painting import frames_of, paint
+from illava.errors import PictureError
 from illava.report import Report
+from illava.see.show import visualize
+
+_PEN = threading.Lock()  # matplotlib draws one figure at a time
 
 
-def draw_overlays(report: Report, shown: Sequence[Picture | Clip]) -> tuple[str, ...]:
-    """The pictures before any merge, then after each of them."""
-    histories = report.provenance or ()
-    if len(histories) != len(shown):
-        return ()
-    shots = [frames_of(item) for item in shown]
-    begun = report.tokens
-    overlays = [_html("before any merge", f"{begun:,} visual tokens", shots)]
-    for number, step in enumerate(histories[0].merges):
-        painted = [paint(frames, history, number) for frames, history in zip(shots, histories, strict=True)]
-        count = sum(len(history.merges[number].tokens) for history in histories)
-        overlays.append(_html(f"after {step.name}", f"{count:,} tokens left", painted))
-    return tuple(overlays)
+@dataclass(frozen=True)
+class Overlays:
+    """The pictures of one patched answer, drawn when they are first looked at.
 
+    Attributes:
+        report: of a traced call.
+        shown: what it was shown.
+    """
 
-def _html(title: str, words: str, pictures: Sequence[Sequence[Any]]) -> str:
-    images = "".join(
-        f'<img src="{_data(frame)}" alt="{escape(title)}">' for frames in pictures for frame in frames
-    )
-    count = sum(len(frames) for frames in pictures)
-    size = "one" if count == 1 else "few" if count <= 4 else "many"
-    return (
-        f'<section class="overlay"><h3>{escape(title)} <span>{escape(words)}</span></h3>'
-        f'<div class="frames {size}">{images}</div>{LEGEND}</section>'
-    )
+    report: Report
+    shown: Sequence[Picture | Clip]
+    _drawn: dict[tuple[int, bool], str] = field(default_factory=dict, repr=False)
 
+    @property
+    def last(self) -> int:
+        """The last place: how many merges there were."""
+        return len(self.report.provenance[0].merges) if self.report.provenance else 0
 
-LEGEND = (
-    '<p class="legend"><i class="kept"></i>kept <i class="recycled"></i>kept, and took in others '
-    '<i class="absorbed"></i>merged into another <i class="gone"></i>gone</p>'
-)
+    def html(self, place: int, importance: bool = False) -> str:
+        """One place as a section of the page.
+
+        Args:
+            place: 0 before any merge, 1 after the first; beyond the last is the last.
+            importance: draw as well what the merge ranked the tokens by.
+        """
+        place = min(max(place, 0), self.last)
+        key = place, importance and place > 0
+        if key not in self._drawn:
+            self._drawn[key] = self._section(*key)
+        return self._drawn[key]
+
+    def _section(self, place: int, importance: bool) -> str:
+        if not self.report.provenance:
+            return ""
+        title, words = "before any merge", f"{self.report.tokens:,} visual tokens"
+        if place:
+            title = f"after {self.report.provenance[0].merges[place - 1].name}"
+            left = sum(len(p.merges[place - 1].tokens) for p in self.report.provenance)
+            words = f"{left:,} tokens left"
+        given: list[Any] = [x.image if isinstance(x, Picture) else x.frames for x in self.shown]
+        try:
+            with _PEN:
+                image = visualize(
+                    self.report, given, merges=range(place - 1, place) if place else (), importance=importance
+                )
+        except PictureError as error:
+            return notice(f"where the tokens went cannot be drawn: {error}", "hint")
+        return (
+            f'<section class="overlay"><h3>{escape(title)} <span>{escape(words)}</span></h3>'
+            f'<div class="drawn"><img src="{_data(image)}" alt="{escape(title)}: {escape(words)}"'
+            f' style="max-width:{image.width}px"></div></section>'
+        )
 
 
 def _data(image: Any) -> str:

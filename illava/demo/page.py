@@ -94,11 +94,15 @@ def draw_page(handlers: Handlers) -> gr.Blocks:
                     0, 1, 0, step=1, label="merge by merge", visible=False, elem_id="merge",
                     info="0 is the picture as it came; each step is one merging layer",
                 )  # fmt: skip
+                importance = gr.Checkbox(
+                    label="and the attention that each merge ranked the tokens by", visible=False,
+                    elem_id="importance", container=False,
+                )  # fmt: skip
                 overlay = gr.HTML(elem_id="overlay", padding=False)
             with gr.Column(scale=4, min_width=320):
                 stairs = gr.HTML(elem_id="stairs", padding=False)
 
-        shown = [notice, unpatched, patched, verdict, stairs, merge, overlay]
+        shown = [notice, unpatched, patched, verdict, stairs, merge, importance, overlay]
         busy: dict[str, Any] = {
             "outputs": shown, "concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal",
             "show_progress_on": [patched], "api_visibility": "private",
@@ -113,10 +117,14 @@ def draw_page(handlers: Handlers) -> gr.Blocks:
             [controls.reduction.release, controls.encoder_share.release]
             + [c.input for c in (controls.vit_layers, controls.llm_layers)]
             + [c.input for c in (controls.rule, controls.score, controls.queries, controls.windows)],
-            handlers.ask_again, [merge, answer_tokens, *controls.all], trigger_mode="always_last", **busy,
+            handlers.ask_again, [merge, importance, answer_tokens, *controls.all],
+            trigger_mode="always_last", **busy,
         )  # fmt: skip
         stop.click(handlers.stop, queue=False, **quick)
-        merge.input(handlers.show, merge, [overlay, stairs], trigger_mode="always_last", **quick)
+        gr.on(
+            [merge.input, importance.input], handlers.show, [merge, importance], [overlay, stairs],
+            trigger_mode="always_last", **quick,
+        )  # fmt: skip
         examples.select(_pick, None, [gallery, question], **quick)
         page.unload(handlers.close)
     return page

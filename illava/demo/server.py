@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,9 @@ class Server:
         self._page = page
 
     def wait(self) -> None:
-        """Serve until interrupted."""
-        self._page.block_thread()
+        """Serve until interrupted, which is raised."""
+        while self._page.is_running:
+            time.sleep(0.1)
 
     def close(self) -> None:
         """Stop serving and delete what was uploaded."""
@@ -95,6 +97,7 @@ def launch(
     port: int = DEFAULT_PORT,
     device: str | None = None,
     dtype: str | None = None,
+    attn: str = "sdpa",
 ) -> Server:
     """Open the page.
 
@@ -102,17 +105,18 @@ def launch(
         model: folder or name of a checkpoint; by default the small trained one of a clone of illava.
         host: who may come: `"127.0.0.1"` this machine only, `"0.0.0.0"` everybody who reaches it.
         port: of the page.
-        device, dtype: for example `"cuda"` and `"bfloat16"`, which are the defaults where there is a GPU.
+        device, dtype, attn: as `illava.evaluate.load` takes them.
 
     Returns:
         The server, already serving: `wait()` or `close()` it.
 
     Raises:
         MissingExtraError: Gradio is not installed.
-        DemoError: no such model, or a port that is taken.
+        DemoError: no model named and none here, or a port that is taken.
+        CheckpointError: no such model, or one that cannot be asked.
         UnsupportedModelError: not a model of a supported family.
     """
     required("gradio", "demo")
     from illava.demo.loading import default_model, load
 
-    return Server(load(model or default_model(), device, dtype), host=host, port=port)
+    return Server(load(model or default_model(), device, dtype, attn), host=host, port=port)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from illava.demo.asking import Answer, Prompt
 from illava.demo.media import Clip, Picture
+from illava.demo.overlays import Overlays
 from illava.errors import DemoError, UploadError
 
 MOST_SESSIONS = 256
@@ -23,8 +24,8 @@ class Session:
         files: what it uploaded, in the page's own folder.
         shown: those decoded.
         asked: the question both answers below are about.
-        unpatched, patched: the last answers.
-        overlays: where the tokens of the patched answer went, merge by merge.
+        unpatched: the last answer of the unpatched model.
+        overlays: where the tokens of the last patched answer went.
         stop: ends the answer under way.
     """
 
@@ -32,8 +33,7 @@ class Session:
     shown: tuple[Picture | Clip, ...] = ()
     asked: Prompt | None = None
     unpatched: Answer | None = None
-    patched: Answer | None = None
-    overlays: tuple[str, ...] = ()
+    overlays: Overlays | None = None
     stop: threading.Event = field(default_factory=threading.Event)
 
     def begin(self) -> threading.Event:

@@ -6,6 +6,7 @@ from importlib import import_module
 from types import ModuleType
 
 from illava.errors import UnsupportedModelError
+from illava.families.about import About
 
 _FILES = {
     "internvl": "illava.families.internvl",
@@ -25,6 +26,11 @@ _FILES = {
 def supported_models() -> tuple[str, ...]:
     """The `config.model_type` of every architecture that `illava.patch` takes."""
     return tuple(sorted(_FILES))
+
+
+def about(model_type: str) -> About:
+    """What an architecture's file says about it, for people."""
+    return import_module(_FILES[model_type]).ABOUT[model_type]
 
 
 def family_of(model_type: str, class_name: str) -> ModuleType:

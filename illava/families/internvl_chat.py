@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from illava.errors import SeamError
 from illava.families import internvl, visual
+from illava.families.about import About
 from illava.families.layout import Layout, Survivors, spread_tiles
 from illava.families.parts import part, used_blocks
 from illava.families.seams import Observed, Projector, Seams
@@ -31,6 +32,12 @@ from illava.plan import LLM_PAPER, VIT_PAPER
 from illava.schedule import scale_layers
 
 __all__ = ["find_seams", "joining_methods", "layout", "visual_input"]
+
+ABOUT = {
+    "internvl_chat": About(
+        "InternVL 2.5, published code", "2 x 2 patches", "as internvl", "2, 8, 14 of 28, scaled"
+    )
+}
 
 
 def find_seams(model: nn.Module) -> Seams:

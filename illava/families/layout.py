@@ -90,6 +90,11 @@ class Layout:
             return (starts[:, None, None] + within[self.frames[0]]).flatten(0, 1)
         return torch.cat([start + within[size] for start, size in zip(starts, self.frames, strict=True)])
 
+    @property
+    def consecutive(self) -> bool:
+        """Whether units' tokens stand side by side, unit by unit: then nothing need be gathered."""
+        return self.prefix == 0 and (self.side == 1 or not self.raster)
+
     def raster_units(self) -> Tensor:
         """`[U]` each unit's number in raster order, frame by frame; on the CPU."""
         if not self.window_side:

@@ -23,12 +23,20 @@ import torch
 from torch import nn
 
 from illava.families import visual
+from illava.families.about import About
 from illava.families.layout import Layout, Survivors, spread_tiles
 from illava.families.parts import core_of, part, used_blocks
 from illava.families.seams import Projector, Seams
 from illava.families.visual import VisualInput
 from illava.plan import LLM_PAPER, VIT_PAPER
 from illava.schedule import scale_layers
+
+ABOUT = {
+    "llava_onevision": About("LLaVA-OneVision", "a patch", "4, 7, 11 of 26", "2, 8, 14 of 28"),
+    "llava_next": About(
+        "LLaVA-NeXT 7B, 13B, 34B", "a patch", "4, 6, 9 of the 23 that are read", "2, 9, 16 of 32"
+    ),
+}
 
 
 def find_seams(model: nn.Module) -> Seams:
@@ -48,6 +56,7 @@ def find_seams(model: nn.Module) -> Seams:
     layers = tuple(part(core, "language_model.layers", "to merge after decoder layers"))
     projector = part(core, "multi_modal_projector", "to put survivors back on the full grid")
     packing = tuple(n for n in ("pack_image_features", "apply_pooling") if hasattr(core, n))
+    part(core, "image_newline", "to tell it from features of pictures")
     return Seams(
         model=core,
         tower=tower,
@@ -66,7 +75,7 @@ def find_seams(model: nn.Module) -> Seams:
         llm_default=scale_layers(*LLM_PAPER, len(layers)),
         scoring_layers=frozenset(range(len(layers))),
         packing=packing,
-        newline=part(core, "image_newline", "to tell it from features of pictures"),
+        newline="image_newline",
     )
 
 

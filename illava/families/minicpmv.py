@@ -22,12 +22,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from illava.families import visual
+from illava.families.about import About
 from illava.families.layout import Layout, Survivors
 from illava.families.parts import core_of, part
 from illava.families.seams import Projector, Regrid, Seams
 from illava.families.visual import VisualInput
 from illava.plan import LLM_PAPER, VIT_PAPER
 from illava.schedule import nearest_layers, scale_layers
+
+_ABOUT = (
+    "4 x 4 patches, 2 x 2 behind the inner merger",
+    "5, 9, 13 of 32, scaled",
+    "the full-attention layers nearest to 2, 8, 14 of 28, scaled",
+    ("5.23.0",),
+)
+ABOUT = {
+    "minicpmv4_6": About("MiniCPM-V 4.6", *_ABOUT),
+    "minicpmv4_7": About("MiniCPM-V 4.7", *_ABOUT),
+}
 
 
 def find_seams(model: nn.Module) -> Seams:

@@ -18,12 +18,23 @@ from typing import Any
 from torch import nn
 
 from illava.families import visual
+from illava.families.about import About
 from illava.families.layout import Layout
 from illava.families.parts import core_of, part
 from illava.families.seams import Projector, Seams
 from illava.families.visual import VisualInput, feature_lengths
 from illava.plan import LLM_PAPER, VIT_PAPER
 from illava.schedule import scale_layers
+
+ABOUT = {
+    "qwen2_5_vl": About(
+        "Qwen2.5-VL",
+        "2 x 2 patches",
+        "7, 15 of 32: the first two that attend over the whole picture",
+        "2, 8, 14 of 28",
+    ),
+    "qwen2_vl": About("Qwen2-VL", "2 x 2 patches", "5, 9, 13 of 32", "2, 8, 14 of 28"),
+}
 
 
 def find_seams(model: nn.Module) -> Seams:

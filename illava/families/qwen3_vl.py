@@ -18,11 +18,17 @@ from dataclasses import replace
 from torch import nn
 
 from illava.families import qwen2_vl
+from illava.families.about import About
 from illava.families.parts import part
 from illava.families.qwen2_vl import layout, visual_input
 from illava.families.seams import Additions, Projector, Seams
 
 __all__ = ["find_seams", "layout", "visual_input"]
+
+ABOUT = {
+    "qwen3_vl": About("Qwen3-VL", "2 x 2 patches", "4, 8, 11 of 27", "3, 10, 18 of 36"),
+    "qwen3_vl_moe": About("Qwen3-VL-MoE", "2 x 2 patches", "4, 8, 11 of 27", "3, 10, 18 of 36"),
+}
 
 
 def find_seams(model: nn.Module) -> Seams:

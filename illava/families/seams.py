@@ -99,7 +99,7 @@ class Seams:
         unread_blocks: further blocks of the tower that run though nobody reads their output.
         regrid: a module inside the encoder that joins patches.
         packing: names of the model's methods that crop, interpolate or pool features.
-        newline: a feature the model inserts between rows of features; no picture is behind it.
+        newline: name of the feature the model inserts between rows of features; no picture is behind it.
         block_observed: how to read the blocks' queries and keys, where their attention is their own.
         additions: visual features the model adds to the outputs of its first decoder layers.
     """
@@ -125,7 +125,7 @@ class Seams:
     unread_blocks: int = 0
     regrid: Regrid | None = None
     packing: tuple[str, ...] = ()
-    newline: Tensor | None = None
+    newline: str | None = None
     block_observed: Observed | None = None
     additions: Additions | None = None
 

@@ -4,13 +4,14 @@ Changes no module. What is known about a call lives in context variables (one ca
 task); what is known about a sequence lives in its cache.
 """
 
-from illava.hooks.attention import ATTENTION_NAME, ConfigView, attention
+from illava.hooks.attention import ATTENTION_NAME, ENCODER_ATTENTION_NAME, ConfigView, attention
 from illava.hooks.encoder import EncoderHooks
 from illava.hooks.language import LanguageHooks
 from illava.hooks.state import OfOneModel, State
 
 __all__ = [
     "ATTENTION_NAME",
+    "ENCODER_ATTENTION_NAME",
     "ConfigView",
     "EncoderHooks",
     "LanguageHooks",

@@ -7,23 +7,28 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from illava.hooks import in_graph, under_way
 from illava.hooks.state import OfOneModel, State
+from illava.vision import VisionCall
 
-# The name under which a merging attention module finds illava's attention function. It is read from
-# that module's own view of its config, only while it merges; no other model ever carries it.
+# The names under which a merging attention module finds illava's attention function. They are read from
+# that module's own view of its config, only while it merges; no other model ever carries them. Packed
+# encoders go by "flash" in the name: to such attention they hand all spans at once.
 ATTENTION_NAME = "illava"
+ENCODER_ATTENTION_NAME = "illava_flash_packed"
 
 
 class ConfigView(OfOneModel):
     """One attention module's view of its config: illava's attention function while it merges."""
 
-    def __init__(self, config: Any, merging: Callable[[], bool], state: State) -> None:
-        self.__dict__.update(_config=config, _merging=merging, illava_state=state)
+    def __init__(self, config: Any, merging: Callable[[], bool], state: State, name: str) -> None:
+        self.__dict__.update(_config=config, _merging=merging, illava_state=state, _name=name)
 
     @property
     def _attn_implementation(self) -> str:
-        return ATTENTION_NAME if self._merging() else self._config._attn_implementation
+        return self._name if self._merging() else self._config._attn_implementation
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_config"], name)
@@ -51,18 +56,27 @@ def attention(
     """
     state: State = module.config.illava_state
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    vision = state.vision.get()
+    vision = under_way.VISION.of(state.number)
     if vision is not None and vision.attending is not None:
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [rows, width, H, D]
-        return vision.attend(q, k, v, scale), None
-    call = state.language.get()
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [rows, width, H, D]
+        if in_graph.possible(vision):
+            return in_graph.attend(vision, q, k, v, scale), None
+        return _attend(vision, q, k, v, scale), None
+    call = under_way.LANGUAGE.of(state.number)
     if call is None or call.attending is None:
         raise RuntimeError("illava's attention function called outside a merging layer")
-    layer, call.attending = call.attending, None  # from here on the config tells the user's own name
-    result = own_attention(module)(module, query, key, value, attention_mask, dropout=dropout, **kwargs)
-    with torch.no_grad():
-        call.score(layer, query.detach(), key.detach(), scale)
-    return result
+    # The statistics wait until the layer is left, where a compiled graph has one operation for all of it.
+    call.attended[call.attending] = query.detach(), key.detach(), scale
+    call.attending = None  # from here on the config tells the user's own name
+    return own_attention(module)(module, query, key, value, attention_mask, dropout=dropout, **kwargs)
+
+
+@torch.compiler.disable
+def _attend(call: VisionCall, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    if call.attending is None:
+        raise RuntimeError("illava's attention function called outside an encoder block")
+    call.begin_attention(call.attending, call.bounds)
+    return call.attend(q, k, v, scale)
 
 
 def own_attention(module: Any) -> Callable[..., Any]:

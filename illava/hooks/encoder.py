@@ -12,6 +12,7 @@ from illava.families.layout import Survivors, never_dead
 from illava.families.packing import pack_over_dead, weights_of_packing
 from illava.families.parts import arguments, call_by_name
 from illava.families.seams import Projector, Regrid
+from illava.hooks import in_graph, under_way
 from illava.hooks.state import State
 from illava.refusals import refuse_checkpointing
 from illava.vision import VisionCall
@@ -21,7 +22,7 @@ class EncoderHooks:
     """Hooks take and return what torch's do."""
 
     def __init__(self, state: State) -> None:
-        self.state, self.seams = state, state.seams
+        self.state, self.seams, self.number = state, state.seams, state.number
 
     def enter_tower(self, module: Any, args: Any, kwargs: Any) -> None:
         call_args = arguments(module, args, kwargs)
@@ -34,37 +35,48 @@ class EncoderHooks:
             module.config._attn_implementation,
             records=call_args.get("output_hidden_states") not in (None, False),
             traced=self.state.trace,
+            choices=self.state.choices,
+            plan_id=self.state.number,
         )
         if call.removes:
             refuse_checkpointing(module)
-        self.state.vision.set(call)
+        self.state.begin_vision(call)
 
-    def enter_block(self, number: int, module: Any, args: Any, kwargs: Any) -> Any:
-        call = self.state.vision.get()
-        if call is None or (stage := call.stage(number)).first_block == 0:
+    # Hooks of blocks know no number where they need none: blocks whose hooks are alike share what
+    # torch.compile made of one of them.
+
+    def enter_block(self, module: Any, args: Any, kwargs: Any, number: int | None = None) -> Any:
+        """`number`: of a block that may attend by illava."""
+        call = under_way.VISION.of(self.number)
+        if call is None or call.now is None:
             return None
-        if stage.layout.padded:
+        if call.padded:
             named = arguments(module, args, kwargs)
             args, kwargs = args[:1], {k: v for k, v in named.items() if v is not args[0]}
-            kwargs["attention_mask"] = stage.padding_mask(kwargs["attention_mask"])
+            kwargs["attention_mask"] = call.now.padding_mask(kwargs["attention_mask"])
         if kwargs.get("position_embeddings") is not None:
             cos, sin = kwargs["position_embeddings"]
-            kwargs["position_embeddings"] = (stage.select(cos), stage.select(sin))
+            kwargs["position_embeddings"] = (call.now.select(cos), call.now.select(sin))
         if kwargs.get("cu_seqlens") is not None:
-            keep_empty = call.implementation.startswith("flash")
-            kwargs["cu_seqlens"] = stage.recount(kwargs["cu_seqlens"], keep_empty)
+            ours = number is not None and (number in call.scoring or self.state.fast_windows)
+            keep_empty = ours or call.implementation.startswith("flash")
+            kwargs["cu_seqlens"] = call.now.recount(kwargs["cu_seqlens"], keep_empty)
         return args, kwargs
 
     def enter_block_attention(self, number: int, args: Any, kwargs: Any) -> Any:
-        call = self.state.vision.get()
-        if call is None or not (call.scores_at(number) or self.state.fast_windows):
+        call = under_way.VISION.of(self.number)
+        if call is None or not (number in call.scoring or self.state.fast_windows):
             return None
-        spans = kwargs.get("cu_seqlens")
-        call.begin_attention(number, spans)
-        if spans is not None:
-            # One span over everything: the module hands all tokens to illava's attention function,
-            # which attends within the real spans together.
-            kwargs["cu_seqlens"] = spans.new_tensor([0, len(call.stage(number).tokens)])
+        call.attending, call.bounds = number, kwargs.get("cu_seqlens")
+        if call.bounds is None:
+            return None
+        # The module is to hand all tokens to illava's attention function, which attends within the real
+        # spans together. 5.x does so where attention is called flash; 4.57 goes by spans: here, by one.
+        # That one stays on the CPU, where reading it back waits for nothing.
+        if "max_seqlen" in kwargs:
+            kwargs["max_seqlen"] = 0  # nobody reads it
+        else:
+            kwargs["cu_seqlens"] = torch.tensor([0, len(call.stage(number).tokens)], dtype=torch.int32)
         return args, kwargs
 
     def observe(self, name: str, output: Tensor) -> None:
@@ -74,36 +86,47 @@ class EncoderHooks:
             call.observed[name] = output.detach()
 
     def leave_block_attention(self, module: Any) -> None:
-        call = self.state.vision.get()
+        call = under_way.VISION.of(self.number)
         if call is None or call.attending is None:
             return
         if self.seams.block_observed is not None:
+            call.begin_attention(call.attending, None)
             call.decide_observed(*self.seams.block_observed.queries_keys(module, call.observed))
             call.observed.clear()
         call.attending = None
 
     def merge_block(self, number: int, args: Any, kwargs: Any) -> Any:
-        call = self.state.vision.get()
-        if call is None or not call.merges_at(number):
+        call = under_way.VISION.of(self.number)
+        if call is None or number not in call.merging:
             return None
-        return (call.merge(number, args[0]), *args[1:]), kwargs
+        return (self._merged(call, number, args[0]), *args[1:]), kwargs
+
+    def _merged(self, call: VisionCall, number: int, hidden: Tensor) -> Tensor:
+        return (
+            in_graph.merge_units(call, number, hidden)
+            if in_graph.possible(call)
+            else self._merge(call, number, hidden)
+        )
+
+    @torch.compiler.disable
+    def _merge(self, call: VisionCall, number: int, hidden: Tensor) -> Tensor:
+        return call.merge(number, hidden)
 
     def leave_ffn(self, number: int, output: torch.Tensor) -> Any:
-        call = self.state.vision.get()
-        if call is None or not call.merges_at(number):
+        call = under_way.VISION.of(self.number)
+        if call is None or number not in call.merging:
             return None
         call.merged[number] = call.merged[number] + self.seams.finish_ffn(self.seams.blocks[number], output)
         return output.new_zeros(())  # the block adds this to its unmerged input, then drops the sum
 
     def leave_block(self, number: int, output: Any) -> Any:
-        call = self.state.vision.get()
-        end = number + 1 == len(self.seams.blocks)
-        if call is None or not (call.merges_at(number) or (end and call.merges_at(number + 1))):
+        call = under_way.VISION.of(self.number)
+        if call is None or number not in call.scoring:
             return None
-        if call.merges_at(number):
+        if number in call.merging:
             merged = call.merged.pop(number)
         else:
-            merged = call.merge(number + 1, output[0] if isinstance(output, tuple) else output)
+            merged = self._merged(call, number + 1, output[0] if isinstance(output, tuple) else output)
             call.merged.clear()
         if call.outputs is not None:
             call.outputs[number] = merged
@@ -152,8 +175,7 @@ class EncoderHooks:
                 reads = reads[len(call.layout.frames) :]
 
     def leave_tower(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        call = self.state.vision.get()
-        self.state.vision.set(None)
+        call = self.state.end_vision()
         if call is None or output is None:
             return output
         self.state.remember(call.record)

@@ -6,15 +6,22 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from illava import sequence
 from illava.errors import UnsupportedInputError
 from illava.families.parts import arguments
+from illava.hooks import in_graph, under_way
 from illava.hooks.state import State
 from illava.language import LanguageCall
-from illava.refusals import refuse_broken, refuse_checkpointing, refuse_presses, refuse_unserved
+from illava.refusals import (
+    refuse_broken,
+    refuse_checkpointing,
+    refuse_chunks,
+    refuse_presses,
+    refuse_unserved,
+)
 from illava.report import build_report
-from illava.rotary import rotation
 from illava.vision import is_dead
 
 RECORDED = ("output_hidden_states", "output_attentions")
@@ -26,10 +33,11 @@ class LanguageHooks:
     def __init__(self, state: State) -> None:
         self.state, self.seams = state, state.seams
         self.scoring = sorted(state.seams.scoring_layers)
+        self.number = state.number
 
     def enter_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         call_args = arguments(module, args, kwargs)
-        self.state.vision.set(None)  # of an encoder call that was interrupted: torch runs no hook behind it
+        self.state.end_vision()  # of an encoder call that was interrupted: torch runs no hook behind it
         self.state.left.set(())
         visual = self.state.family.visual_input(self.seams, call_args)
         embeds = call_args.get("inputs_embeds")
@@ -64,10 +72,10 @@ class LanguageHooks:
         return output
 
     def enter_language(self, module: Any, args: Any, kwargs: Any) -> Any:
-        self.state.language.set(None)
+        self.state.end_language()  # of a call that was interrupted: torch runs no hook behind it
         self.state.recorded.set(None)
         if self.state.vision.get() is not None:  # interrupted in there, and called without its model now
-            self.state.vision.set(None)
+            self.state.end_vision()
             self.state.visual.set(None)
         call_args = arguments(module, args, kwargs)
         visual = self.state.visual.get() or self.state.take_mark(call_args.get("inputs_embeds"))
@@ -106,6 +114,8 @@ class LanguageHooks:
             call.grids = [p.token_grid(self.seams.merge_size) for p in self.state.last.pictures]
         if not merged and not call.changes_length:
             return None
+        if cache is None and self._wants_cache(module, call_args):
+            cache = call_args["past_key_values"] = DynamicCache(config=module.config)
         sequence.check_cache(cache)
         positions = call_args.get("position_ids")
         refuse_checkpointing(module)
@@ -122,8 +132,14 @@ class LanguageHooks:
         call_args["inputs_embeds"] = call.merge_input(call.enter_features(embeds))
         call_args["position_ids"] = call.enter(positions[..., None])[..., 0]
         call_args["attention_mask"] = self._no_mask(embeds)
-        self.state.language.set(call)
+        call.begin(cache)
+        self.state.begin_language(call)
         return (), call_args
+
+    def _wants_cache(self, module: Any, call_args: dict[str, Any]) -> bool:
+        """Whether the model would make itself a cache, which is laid out here before its layers run."""
+        said = call_args.get("use_cache")
+        return bool(getattr(module.config, "use_cache", False) if said is None else said)
 
     def generate(self, own: Any, *args: Any, **kwargs: Any) -> Any:
         """The model's own `generate`; its calls learn where the prompt ends, whatever stands behind it."""
@@ -131,6 +147,11 @@ class LanguageHooks:
         lengths = (
             x.shape[1] for x in (*named, *args[:1]) if isinstance(x, torch.Tensor) and x.ndim in (2, 3)
         )
+        config = kwargs.get("generation_config") or getattr(own.__self__, "generation_config", None)
+        chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+        if chunk is not None:
+            call = {"input_ids": args[0] if args else kwargs.get("inputs")} | kwargs
+            refuse_chunks(self.state.family.visual_input(self.seams, call), chunk)
         with self.state.answering(next(lengths, None)):  # the mask comes first: it covers a cache, too
             return own(*args, **kwargs)
 
@@ -145,52 +166,45 @@ class LanguageHooks:
             return {"full_attention": None, "linear_attention": None}
         return embeds.new_zeros((1, 1, 1, 1))
 
-    def _rotation(self, kwargs: Any) -> Any:
-        """What turns a layer's queries and keys, where a function of the plan's might ask."""
-        turned = kwargs.get("position_embeddings")
-        if turned is None or not self.state.plan.settings.by_function:
-            return None
-        return rotation(turned, self.seams.language_model.config)
-
     def enter_layer(self, number: int, args: Any, kwargs: Any) -> Any:
-        call = self.state.language.get()
+        call = under_way.LANGUAGE.of(self.number)
         if call is None:
             return None
-        stage = call.stage(number)
-        scores = number in self.seams.scoring_layers
-        cache, cached = kwargs.get("past_key_values"), None
-        if cache is not None:
-            if number == 0:
-                sequence.check_cache(cache)  # it may have been made since the call began
-            if scores:
-                cached = sequence.cache_layer(cache, number, stage.positions.shape[0], stage.positions.device)
-        if stage.first_layer > 0:
-            cos, sin = kwargs["position_embeddings"]
-            kwargs["position_embeddings"] = (
-                sequence.take_rows(cos, stage.entry),
-                sequence.take_rows(sin, stage.entry),
-            )
+        layers = call.layers
+        kwargs["attention_mask"] = layers.now.masks[layers.mask_of[number]]
+        if layers.now.rotary is not None:
+            kwargs["position_embeddings"] = layers.now.rotary
         kwargs["position_ids"] = None  # gaps in them would be taken for packed sequences
-        kwargs["attention_mask"] = call.mask(number, cached) if scores else call.padding(number)
-        if "output_attentions" in call.wanted:
-            call.record_keys(number, cached)
-        if call.scores_at(number):
-            call.begin_attention(number, cached, self._rotation(kwargs))
-        if cached is not None:
-            call.announce(number, cached)
+        if number in call.scored:
+            call.attending = number
         return args, kwargs
 
-    def leave_layer(self, number: int, output: Any) -> Any:
-        call = self.state.language.get()
-        if call is None or not (call.merges_at(number) or number in call.additions):
+    def leave_layer(self, number: int, kwargs: Any, output: Any) -> Any:
+        call = under_way.LANGUAGE.of(self.number)
+        if call is None:
             return None
-        if isinstance(output, tuple):
-            return (call.leave_layer(number, output[0]), *output[1:])
-        return call.leave_layer(number, output)
+        merges, adds = number in call.merging, number in call.additions
+        if not (merges or adds):
+            return None
+        hidden = output[0] if isinstance(output, tuple) else output
+        if adds:
+            hidden = call.add(number, hidden)
+        if merges:
+            rotary = kwargs["position_embeddings"]
+            if in_graph.possible(call):
+                hidden = in_graph.merge(call, number, hidden, rotary)
+            else:
+                hidden = self._merge(call, number, hidden, rotary)
+        if "output_hidden_states" in call.wanted:
+            call.outputs[number] = hidden
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    @torch.compiler.disable
+    def _merge(self, call: LanguageCall, number: int, hidden: torch.Tensor, rotary: Any) -> torch.Tensor:
+        return call.leave_layer(number, hidden, rotary)
 
     def leave_language(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        call = self.state.language.get()
-        self.state.language.set(None)
+        call = self.state.end_language()
         if call is None or output is None:
             return output
         depth = len(self.seams.layers)
@@ -199,7 +213,10 @@ class LanguageHooks:
         output.last_hidden_state = call.leave(output.last_hidden_state, depth)
         recorded: dict[str, Any] = {}
         if getattr(output, "attentions", None) is not None:
-            output.attentions = tuple(call.leave_weights(x, i) for i, x in enumerate(output.attentions))
+            # One entry a layer, or (Qwen3.5) one for each layer that has such weights.
+            given = self.scoring if len(output.attentions) == len(self.scoring) else range(depth)
+            pairs = zip(output.attentions, given, strict=True)
+            output.attentions = tuple(call.leave_weights(x, layer) for x, layer in pairs)
             recorded["attentions"] = output.attentions
         if output.hidden_states is not None:
             # A caller who asks for some layers alone gets None for the others, here as there.

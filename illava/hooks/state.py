@@ -12,10 +12,12 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
+from illava.attention import Choices
 from illava.errors import AlreadyPatchedError
 from illava.families.seams import Seams
 from illava.families.visual import VisualInput
 from illava.flops import measure
+from illava.hooks import under_way
 from illava.language import LanguageCall
 from illava.report import Report
 from illava.schedule import ModelPlan
@@ -76,6 +78,7 @@ class State(OfOneModel):
     Attributes:
         fast_windows: whether every encoder block attends within all its spans in one call.
         trace: whether calls write down where every token came from.
+        choices: how attention statistics are computed.
         number: tells one handle's merges from another's in a cache.
         last: the report of the last call that brought pictures.
         vision: the encoder call under way.
@@ -95,6 +98,7 @@ class State(OfOneModel):
         self.model_type = str(getattr(seams.model.config, "model_type", "unknown"))
         self.shape = measure(seams)
         self.number = next(_NUMBERS)
+        self.choices = Choices()
         self.last: Report | None = None
         self.vision: Slot[VisionCall | None] = Slot(None)
         self.left: Slot[tuple[VisionCall, ...]] = Slot(())
@@ -107,18 +111,45 @@ class State(OfOneModel):
 
     def forget(self) -> None:
         """Let go of what an interrupted call has left in this thread."""
+        self.end_vision()
+        self.end_language()
         for slot in vars(self).values():
             if isinstance(slot, Slot):
                 slot.clear()
 
+    def begin_vision(self, call: VisionCall) -> None:
+        self.vision.set(call)
+        under_way.VISION.enter(call)
+
+    def begin_language(self, call: LanguageCall) -> None:
+        self.language.set(call)
+        under_way.LANGUAGE.enter(call)
+
+    def end_vision(self) -> VisionCall | None:
+        """The encoder call under way is over, or was interrupted: hooks know of none from here on."""
+        call = self.vision.get()
+        self.vision.set(None)
+        if call is not None:
+            under_way.VISION.leave(call)
+        return call
+
+    def end_language(self) -> LanguageCall | None:
+        """The same for the language model; no cache waits any longer for what did not come."""
+        call = self.language.get()
+        self.language.set(None)
+        if call is not None:
+            under_way.LANGUAGE.leave(call)
+            call.layers.end()
+        return call
+
     def block_attends(self, number: int) -> bool:
         """Whether encoder block `number` is attending and about to merge."""
-        call = self.vision.get()
+        call = under_way.VISION.of(self.number)
         return call is not None and call.attending == number
 
     def layer_attends(self, number: int) -> bool:
         """Whether decoder layer `number` is attending and its attention is wanted for a merge."""
-        call = self.language.get()
+        call = under_way.LANGUAGE.of(self.number)
         return call is not None and call.attending == number
 
     def remember(self, record: EncoderRecord) -> None:

@@ -52,7 +52,7 @@ def decode(item: Item | Skipped, frames: int = DEFAULT_FRAMES) -> Item | Skipped
             if file in item.images:
                 pictures.append(_picture(file))
             else:
-                clips.append(_clip(file, frames))
+                clips.append(read_clip(file, frames))
         except MissingExtraError:
             raise
         except Exception as error:  # what a broken file raises is up to each reader
@@ -66,7 +66,11 @@ def _picture(file: Path) -> Any:
         return pil.ImageOps.exif_transpose(opened).convert("RGB")
 
 
-def _clip(file: Path, frames: int) -> tuple[Any, Any]:
+def read_clip(file: Path, frames: int = DEFAULT_FRAMES) -> tuple[Any, Any]:
+    """Frames `[frames, height, width, 3]` uint8 of a video, spread evenly over it, and its metadata.
+
+    Raises whatever the reader raises for a file that it cannot read.
+    """
     reader = required("transformers.video_utils", "jobs")
     import numpy as np
 

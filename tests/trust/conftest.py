@@ -2,17 +2,14 @@
 
     @pytest.mark.claim("Decoding", "beam search", "works", "how we know, in one sentence")
 
-`pytest tests/trust --claims FILE.csv` writes a row per claim, family and version of transformers: the outcome
-of its tests (`passed`, `failed`, or why they were skipped).
+See `claims.py` for how the table is written, `page.py` for the page that is made of it.
 """
 
-import csv
-
 import pytest
-import transformers
 
 import illava
 from contract import tools
+from trust.claims import Claims
 
 try:
     from hypothesis import HealthCheck, Phase, settings
@@ -30,8 +27,6 @@ if settings is not None:
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
     )
     settings.load_profile("trust")
-
-HEADER = ("topic", "claim", "verdict", "how we know", "family", "transformers", "outcome")
 
 
 def pytest_addoption(parser):
@@ -58,35 +53,3 @@ def _as_new():
         illava.unpatch(model)
         if hasattr(model.model, "rope_deltas"):
             model.model.rope_deltas = None  # Hugging Face's memory of the last call's positions
-
-
-class Claims:
-    """Gathers outcomes by claim and the test's parameter `family`."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.outcomes: dict[tuple[str, ...], list[str]] = {}
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item, call):
-        report = yield
-        if report.passed and report.when != "call":
-            return report
-        outcome = report.outcome
-        if report.skipped:
-            outcome = f"skipped: {report.longrepr[2].removeprefix('Skipped: ')}"
-        callspec = getattr(item, "callspec", None)
-        family = (callspec.params.get("family") if callspec else None) or "any"
-        for mark in item.iter_markers("claim"):
-            self.outcomes.setdefault((*mark.args, family), []).append(outcome)
-        return report
-
-    def pytest_sessionfinish(self):
-        with open(self.path, "w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(HEADER)
-            for (*claim, family), outcomes in sorted(self.outcomes.items()):
-                failed = [o for o in outcomes if o == "failed"]
-                ran = [o for o in outcomes if not o.startswith("skipped")]
-                result = "failed" if failed else "passed" if ran else outcomes[0]
-                writer.writerow([*claim, family, transformers.__version__, result])

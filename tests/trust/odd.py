@@ -30,7 +30,9 @@ def prompts(draw, family: str, rows: int = 3):
     if draw(st.booleans()):
         pictures.append(pictures[0])
     if VIDEOS.get(family, Video) is not None and draw(st.booleans()):
-        pictures.append(Video(draw(st.integers(2, 4)), 56, draw(st.sampled_from([28, 84]))))
+        pictures.append(
+            Video(draw(st.integers(2, 4)), 64, draw(st.sampled_from([32, 84])))
+        )  # 4.57 refuses sides below 32
     table = [[draw(st.integers(1, 4))] for _ in range(count)]
     for picture in pictures:
         row = table[draw(st.integers(0, count - 1))]

@@ -46,6 +46,11 @@ def continues(family, inputs, ids, cache, **settings):
     return torch.equal(found, plain_of(family, KIND).answer(whole(inputs, ids), do_sample=False, **settings))
 
 
+def skip_unless_repeatable(cache):
+    if not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
+        pytest.skip("without illava, too, the state of linear attention cannot be repeated for more rows")
+
+
 @claimed("a returned cache, for the next turn")
 @each_family
 def test_next_turn(family):
@@ -61,6 +66,7 @@ def test_beams_from_a_cache(family):
     """Hugging Face repeats the cache for the beams."""
     with patched(family):
         inputs, ids, cache = first_turn(family)
+        skip_unless_repeatable(cache)
         cache.batch_repeat_interleave(3)
         ids = torch.cat([ids, words(family, 5)], dim=1)
         assert continues(family, inputs, ids, cache, num_beams=3, num_return_sequences=3)
@@ -116,6 +122,7 @@ def test_copied(family):
 def test_rows(family):
     with patched(family):
         inputs, ids, cache = first_turn(family)
+        skip_unless_repeatable(cache)
         cache.batch_repeat_interleave(3)
         cache.batch_select_indices(torch.tensor([0, 2]))
         branches = torch.cat([words(family, 5, seed) for seed in (3, 4)])
@@ -157,21 +164,24 @@ def test_prefix(family):
     prefix = int(tools.visual_places(model, inputs)[0]) - 2
 
     def answer():
+        if hasattr(model.model, "rope_deltas"):
+            model.model.rope_deltas = None  # else Hugging Face places the prefix by the call before it
         cache = DynamicCache(config=model.config.get_text_config())
         start = {"input_ids": inputs["input_ids"][:, :prefix], "past_key_values": cache, "use_cache": True}
         tools.forward(model, start)
-        return tools.generate(model, inputs | {"past_key_values": cache}, do_sample=False)
+        return tools.greedy(model, inputs | {"past_key_values": cache})[:2]
 
     try:
-        works = torch.equal(answer(), tools.generate(model, inputs, do_sample=False))
+        logits = answer()[1]
     except (RuntimeError, ValueError, IndexError) as error:
         pytest.skip(f"without illava, too, this version fails: {str(error)[:80]}")
-    if not works:
-        pytest.skip("without illava, too, this version loses the pictures behind a cached prefix")
+    if not torch.allclose(logits, tools.greedy(model, inputs)[1], atol=1e-4):  # equal tokens may be luck
+        pytest.skip("without illava, too, this version misplaces the pictures behind a cached prefix")
     with patched(family) as handle:
-        found = answer()
+        found = answer()[0]
         assert handle.report.reduction > 0.6
-    assert torch.equal(found, plain_of(family, KIND).answer(inputs, do_sample=False))
+    expected = plain_of(family, KIND).answer(inputs, do_sample=False)
+    assert torch.equal(found, expected[:, inputs["input_ids"].shape[1] :])
 
 
 class Stream:

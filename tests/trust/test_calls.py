@@ -4,9 +4,10 @@ import functools
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 import illava
+import tiny
 import zoo
 from contract import tools
 from contract.test_features import encode, needs_v5
@@ -129,9 +130,9 @@ def test_features_for_several_answers(family):
 
 
 @functools.cache
-def chunked(family, chunk):
-    """The answer where only the first chunk's tokens ask about the picture, and the rest comes after."""
-    model, inputs = tools.build(family), inputs_of(family, KIND)
+def chunked(family, kind, chunk):
+    """The answer where only the first chunk's tokens ask about the pictures, and the rest comes after."""
+    model, inputs = tools.build(family), inputs_of(family, kind)
     with patched(family) as handle:
         plan = handle.plan
     ids = inputs["input_ids"]
@@ -144,17 +145,44 @@ def chunked(family, chunk):
     return answer
 
 
+def in_chunks(family, kind):
+    """What `generate` gives in two chunks, the first ending behind the last picture, and what it should."""
+    model, inputs = tools.build(family), inputs_of(family, kind)
+    chunk = int(tools.visual_places(model, inputs).max()) + 3
+    assert chunk + 1 < inputs["input_ids"].shape[1]
+    split = {"prefill_chunk_size": chunk}
+    at_once, unpatched = (tools.greedy(model, inputs, **how)[1] for how in ({}, split))
+    if not torch.allclose(at_once, unpatched, atol=1e-4):
+        pytest.skip("without illava, too, this version misplaces what comes after the first chunk")
+    with patched(family):
+        found = tools.greedy(model, inputs, **split)[0]
+    return found[0].tolist(), chunked(family, kind, chunk)
+
+
 @needs_v5
 @claimed("prefill_chunk_size", how="the first chunk, with the picture, merges as a prompt of its own")
 @each_family
 def test_chunks(family):
     """A chunk knows nothing of the next: text that comes there asks about no picture."""
-    model, inputs = tools.build(family), inputs_of(family, KIND)
-    chunk = int(tools.visual_places(model, inputs)[-1]) + 3
-    assert chunk + 1 < inputs["input_ids"].shape[1]
-    with patched(family):
-        found = tools.generate(model, inputs, do_sample=False, prefill_chunk_size=chunk)
-    assert found[0, -6:].tolist() == chunked(family, chunk)
+    if family.startswith("minicpmv4"):
+        pytest.skip("a large picture is several here, see the next line")
+    found, expected = in_chunks(family, KIND)
+    assert found == expected
+
+
+@claimed(
+    "prefill_chunk_size with several pictures in a chunk", "refused",
+    "transformers cuts their features as one: where one ends and the next begins is lost",
+)  # fmt: skip
+@each_family
+def test_chunks_with_several_pictures(family):
+    model, inputs = tools.build(family), inputs_of(family, "several pictures")
+    with (
+        patched(family) as handle,
+        pytest.raises(illava.UnsupportedInputError, match="Leave out prefill_chunk_size"),
+    ):
+        tools.generate(model, inputs, do_sample=False, prefill_chunk_size=inputs["input_ids"].shape[1] - 1)
+    assert handle.report is None  # before anything ran
 
 
 @claimed("generate_batch (continuous batching), text alone", how="what the unpatched model gives")
@@ -193,3 +221,45 @@ def test_compiled(family, monkeypatch):
         found = tools.generate(model, inputs_of(family, KIND), do_sample=False, tokens=3)
     expected = plain_of(family, KIND).answer(inputs_of(family, KIND), do_sample=False, tokens=3)
     assert torch.equal(found, expected)
+
+
+@claimed("another patched model called from within a block or a layer", how="both answer as they do alone")
+def test_a_call_within_a_call():
+    outer, inner = tiny.build("qwen2_5_vl"), tiny.build("qwen2_vl", seed=1)
+    asked = tiny.prompt([5, tiny.A, 7]), tiny.prompt([3, tiny.C, 4])
+    plan = dict(vit_layers=(1,), llm_layers=(0, 2), reduction=0.7)
+    with illava.patch(outer, **plan), illava.patch(inner, **plan), torch.no_grad():
+        alone = outer(**asked[0]).logits, inner(**asked[1]).logits
+        found = []
+
+        def ask(module, args, kwargs):
+            found.append(inner(**asked[1]).logits)
+
+        places = outer.model.language_model.layers[1], outer.model.visual.blocks[1]
+        hooks = [place.register_forward_pre_hook(ask, with_kwargs=True) for place in places]
+        assert torch.equal(outer(**asked[0]).logits, alone[0])
+        assert len(found) == 2
+        assert all(torch.equal(x, alone[1]) for x in found)
+        for hook in hooks:
+            hook.remove()
+
+
+@claimed(
+    "Ctrl-C in the first decoder layer, then removal",
+    "refused",
+    "the unpatched model does not take the cache for its own",
+)
+def test_no_cache_waits_for_what_did_not_come():
+    model, cache, inputs = tiny.build("qwen2_5_vl"), DynamicCache(), tiny.prompt([5, tiny.A, 7])
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    handle = illava.patch(model, vit_layers=(), llm_layers=(0,), reduction=0.7)
+    hook = model.model.language_model.layers[0].self_attn.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**inputs, past_key_values=cache, use_cache=True)
+    hook.remove()
+    handle.remove()
+    with pytest.raises(illava.CacheError, match="an unpatched model cannot continue it"):
+        model(**inputs, past_key_values=cache, use_cache=True)

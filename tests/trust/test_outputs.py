@@ -99,11 +99,11 @@ def test_attentions(family):
     with handle:
         out = tools.generate(model, inputs, tokens=3, output_attentions=True, **ASKED)
     heads = model.config.get_text_config().num_attention_heads
-    checked = 0
-    for layer, (prefill, *later) in enumerate(zip(*out.attentions, strict=True)):
-        if prefill is None:  # this layer attends linearly
-            continue
-        own, checked = alive[layer], checked + 1
+    attending = [i for i, layer in enumerate(tools.layers(model)) if hasattr(layer, "self_attn")]
+    by_layer = list(zip(*out.attentions, strict=True))
+    assert len(by_layer) == len(attending)  # what attends linearly has no weights, and no entry
+    for layer, (prefill, *later) in zip(attending, by_layer, strict=True):
+        own = alive[layer]
         assert prefill.shape == (1, heads, length, length)
         torch.testing.assert_close(prefill.sum(-1), own.float().expand(1, heads, -1))
         assert not prefill[..., ~own].any()
@@ -112,7 +112,6 @@ def test_attentions(family):
             torch.testing.assert_close(weights.sum(-1), torch.ones(1, heads, 1))
             seen = torch.cat([own, torch.ones(step, dtype=torch.bool)])
             assert torch.equal(weights[0].amin(dim=(0, 1)) > 0, seen)
-    assert checked
 
 
 @claimed("attention weights and hidden states asked for in the config", "what the argument gives")

@@ -11,7 +11,7 @@ from trust import peers
 
 WHY_NOT = peers.why_not()
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.soak,
     pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "it can run"),
 ]
 

@@ -136,13 +136,21 @@ def test_an_encoder_that_peft_saves(name):
 @pytest.mark.parametrize("merge", ["recycle", "prune"])
 @faults.some_families
 def test_gradients(family, merge):
-    inputs, tuned = tools.prompt_of(family, "one picture"), lora(zoo.FAMILIES[family].build())
-    labels = inputs["input_ids"].clone()
-    labels[:, :-3] = -100
+    # In double precision (but for norms and softmaxes, which transformers takes in single) the step can be so
+    # small that no other token is chosen on the way.
+    inputs = tools.prompt_of(family, "one picture", dtype=torch.float64)
+    tuned = lora(zoo.FAMILIES[family].build(dtype=torch.float64)).double()
+    if hasattr(tuned.model, "set_experts_implementation"):
+        tuned.model.set_experts_implementation("eager")  # torch's grouped products know no doubles
+
+    def loss() -> torch.Tensor:
+        """Of the last three tokens; Hugging Face's own loss would round to single precision."""
+        logits = tuned(**inputs).logits[0, -4:-1]
+        return nn.functional.cross_entropy(logits, inputs["input_ids"][0, -3:])
 
     def gradients() -> dict:
         tuned.zero_grad()
-        tuned(**inputs, labels=labels).loss.backward()
+        loss().backward()
         found = {name: p.grad for name, p in adapters(tuned).items() if p.grad is not None}
         assert all(g.isfinite().all() for g in found.values())
         return {name: g.clone() for name, g in found.items() if g.any()}
@@ -156,10 +164,10 @@ def test_gradients(family, merge):
         if merge == "recycle":
             return  # the weights with which tokens are merged count as constants, so these are no slopes
         length = torch.stack([g.norm() for g in slopes.values()]).norm()
-        losses, step, weights = [], 2e-3, adapters(tuned)
+        losses, step, weights = [], 1e-5, adapters(tuned)
         with torch.no_grad():
             for factor in (step, -2 * step):
                 for name, g in slopes.items():
                     weights[name] += g / length * factor
-                losses.append(tuned(**inputs, labels=labels).loss)
-    torch.testing.assert_close((losses[0] - losses[1]) / (2 * step), length, rtol=2e-2, atol=0)
+                losses.append(loss())
+    torch.testing.assert_close((losses[0] - losses[1]) / (2 * step), length, rtol=1e-2, atol=0)

@@ -117,7 +117,7 @@ def test_a_patched_model_dies(family, monkeypatch):
     generate(model, tools.prompt_of(family, "one picture"))()
     with faults.fault(tools.blocks(model)[2], "inside", KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         generate(model, tools.prompt_of(family, "one picture"))()
-    left = [weakref.ref(x) for x in (model, handle, handle._state, tools.layers(model)[0].self_attn)]
+    left = [weakref.ref(x) for x in (model, handle, handle._state, tools.layers(model)[0].mlp)]
     del model, handle
     gc.collect()
     assert [ref() for ref in left] == [None] * len(left)

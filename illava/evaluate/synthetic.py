@@ -1,4 +1,4 @@
-"""One picture and a short prompt for the models of prefill_models.py, as tensors, without a processor."""
+"""A picture of noise and a prompt of random words, as a family's processor would give them, without one."""
 
 from __future__ import annotations
 
@@ -29,6 +29,46 @@ class Picture:
     tensors: dict[str, Tensor]
 
 
+def noise_inputs(model: Any, size: tuple[int, int], *, text: int = 64) -> tuple[dict[str, Any], int]:
+    """Inputs of a model that has no processor: one picture of noise among random words.
+
+    Args:
+        model: of any family in transformers, on any device.
+        size: height and width in pixels; rounded to what the family can be shown.
+        text: tokens of text.
+
+    Returns:
+        Inputs by name on the model's device, and the picture's visual tokens.
+    """
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    picture, step = _PICTURES[config.model_type](config)
+    height, width = (max(step, round(side / step) * step) for side in size)
+    shown = picture(config, (height, width), generator)
+    inputs = build_inputs(model, shown, text, str(model.device), model.dtype)
+    inputs["input_ids"] = _own_ids(config, inputs["input_ids"])
+    return inputs, shown.tokens
+
+
+def repeated(inputs: dict[str, Any], rows: int) -> dict[str, Any]:
+    """The same prompt in every row of a batch."""
+    return {name: torch.cat([x] * rows) for name, x in inputs.items()}
+
+
+def _own_ids(config: Any, ids: Tensor) -> Tensor:
+    """The ids that a config has for our markers and placeholders, and none of them among the words."""
+    own = {
+        marker: next((i for name in names if (i := getattr(config, name, None)) is not None), None)
+        for marker, names in _NAMES.items()
+    }
+    special = {i for i in own.values() if i is not None}
+    word = next(i for i in range(FIRST_TEXT, FIRST_TEXT + len(special) + 1) if i not in special)
+    taken = torch.isin(ids, torch.tensor(sorted(special), device=ids.device)) & (ids >= FIRST_TEXT)
+    result = torch.where(taken, word, ids)
+    for marker, i in own.items():
+        result[ids == marker] = word if i is None else i
+    return result
+
+
 def build_inputs(
     model: nn.Module, picture: Picture, text: int, device: str, dtype: torch.dtype
 ) -> dict[str, Any]:
@@ -56,9 +96,11 @@ def qwen_picture(config: Any, size: tuple[int, int], generator: torch.Generator)
 
 def internvl_picture(config: Any, size: tuple[int, int], generator: torch.Generator) -> Picture:
     """Tiles, and a thumbnail of the whole where there are several."""
-    tiles = size[0] * size[1] // TILE**2
+    side = config.vision_config.image_size
+    side = side if isinstance(side, int) else side[0]
+    tiles = max(1, size[0] * size[1] // side**2)
     tiles += tiles > 1
-    pixels = torch.randn(tiles, 3, TILE, TILE, generator=generator)
+    pixels = torch.randn(tiles, 3, side, side, generator=generator)
     tokens = tiles * config.image_seq_length
     return Picture(marked(tokens), tokens, {"pixel_values": pixels})
 
@@ -119,3 +161,28 @@ def minicpm_picture(config: Any, size: tuple[int, int], generator: torch.Generat
 def marked(tokens: int, start: int = VISION_START, end: int = VISION_END) -> Tensor:
     """Placeholders of one picture between markers."""
     return torch.tensor([start, *[IMAGE] * tokens, end])
+
+
+# What the families call our markers and placeholders.
+_NAMES = {
+    VISION_START: ("vision_start_token_id", "image_start_id"),
+    VISION_END: ("vision_end_token_id", "image_end_id"),
+    IMAGE: ("image_token_id", "image_token_index"),
+    VIDEO: ("video_token_id", "video_token_index"),
+    SLICE_START: ("slice_start_id",),
+    SLICE_END: ("slice_end_id",),
+    NEWLINE: ("newline_id",),
+}
+
+
+def _qwen(config: Any) -> tuple[Any, int]:
+    return qwen_picture, config.vision_config.patch_size * config.vision_config.spatial_merge_size
+
+
+# Of each architecture, its picture and what a picture's sides are multiples of, in pixels.
+_PICTURES: dict[str, Any] = {
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), _qwen),
+    **dict.fromkeys(("llava_next", "llava_onevision"), lambda config: (llava_picture, 1)),
+    **dict.fromkeys(("minicpmv4_6", "minicpmv4_7"), lambda config: (minicpm_picture, TILE)),
+    "internvl": lambda config: (internvl_picture, 1),
+}

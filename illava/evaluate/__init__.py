@@ -1,0 +1,72 @@
+"""What a model, a plan and your own pictures make of each other: answers, speed, fidelity, and the plan to
+take.
+
+    from illava import evaluate, jobs
+    loaded = evaluate.load("Qwen/Qwen2.5-VL-7B-Instruct")
+    items = list(jobs.read_items("pictures/", prompt="What is in the picture?"))
+    print(evaluate.fidelity(loaded, items, {"77.8 %": illava.Plan(reduction=0.778)}).agreement)
+
+The commands of `illava --help` are these functions with a table around them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from illava.evaluate.agreement import Agreement, Held
+    from illava.evaluate.answers import Answer, AnswerWork, answer, compare
+    from illava.evaluate.loading import Loaded, load
+    from illava.evaluate.plan_search import Found, find_plan
+    from illava.evaluate.quality import Fidelity, FidelityWork, fidelity
+    from illava.evaluate.speed import Bench, bench
+    from illava.evaluate.statistics import Estimate
+
+_HOME = {
+    "Agreement": "agreement",
+    "Answer": "answers",
+    "AnswerWork": "answers",
+    "Bench": "speed",
+    "Estimate": "statistics",
+    "Fidelity": "quality",
+    "FidelityWork": "quality",
+    "Found": "plan_search",
+    "Held": "agreement",
+    "Loaded": "loading",
+    "answer": "answers",
+    "bench": "speed",
+    "compare": "answers",
+    "fidelity": "quality",
+    "find_plan": "plan_search",
+    "load": "loading",
+}
+
+__all__ = [
+    "Agreement",
+    "Answer",
+    "AnswerWork",
+    "Bench",
+    "Estimate",
+    "Fidelity",
+    "FidelityWork",
+    "Found",
+    "Held",
+    "Loaded",
+    "answer",
+    "bench",
+    "compare",
+    "fidelity",
+    "find_plan",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'illava.evaluate' has no attribute {name!r}")
+    return getattr(import_module(f"illava.evaluate.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

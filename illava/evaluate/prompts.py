@@ -1,0 +1,94 @@
+"""Items as a processor makes inputs of `generate` of them, a batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from illava.errors import CheckpointError, DataError
+from illava.evaluate.loading import Loaded, first_line
+from illava.jobs import Item, Skipped, decode
+
+
+def decoded(item: Item | Skipped) -> Item:
+    """An item with its pictures and videos read.
+
+    Raises:
+        DataError: one of them cannot be read; says which and why.
+    """
+    ready: Item | Skipped = item if isinstance(item, Item) and (item.pictures or item.clips) else decode(item)
+    if isinstance(ready, Skipped):
+        raise DataError(ready.reason)
+    return ready
+
+
+def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """So many at a time, in order."""
+    batch: list[Any] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def build_inputs(loaded: Loaded, items: Sequence[Item]) -> dict[str, Any]:
+    """Inputs of `generate` for decoded items: pictures and videos first, then what is asked.
+
+    Args:
+        loaded: a model with its processor.
+        items: with `pictures` and `clips`; rows of the batch, padded on the left.
+
+    Returns:
+        Tensors on the model's device by name, pixels in the model's dtype.
+
+    Raises:
+        CheckpointError: no processor, or one without a chat template.
+        DataError: a video for a model that takes none, or what the processor refuses.
+    """
+    processor = loaded.processor
+    if processor is None:
+        raise CheckpointError(
+            f"{loaded.name} has no processor, so it cannot be shown pictures; copy its "
+            "preprocessor_config.json, tokenizer.json and chat template beside config.json"
+        )
+    clips = [clip for item in items for clip in item.clips]
+    if clips and getattr(processor, "video_processor", None) is None:
+        raise DataError(f"{loaded.name} takes pictures only; leave {items[0].source} and other videos out")
+    texts = [_written(loaded, item) for item in items]
+    options: dict[str, Any] = {}
+    if pictures := [picture for item in items for picture in item.pictures]:
+        options["images"] = pictures
+    if clips:
+        options |= {
+            "videos": [frames for frames, _ in clips],
+            "video_metadata": [about for _, about in clips],
+            "do_sample_frames": False,
+        }
+    try:
+        batch = processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **options)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise DataError(
+            f"{loaded.name}'s processor refuses {items[0].source}: {first_line(error)}"
+        ) from error
+    # Only the pixels change type: bfloat16 would also round the seconds between frames.
+    return {
+        name: x.to(loaded.device, loaded.model.dtype if name.startswith("pixel_values") else x.dtype)
+        for name, x in batch.items()
+        if hasattr(x, "to")
+    }
+
+
+def _written(loaded: Loaded, item: Item) -> str:
+    content = [{"type": "image"} for _ in item.pictures] + [{"type": "video"} for _ in item.clips]
+    content.append({"type": "text", "text": item.prompt})
+    message = [{"role": "user", "content": content}]
+    try:
+        return loaded.processor.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{loaded.name} has no chat template, so nobody can tell how it is asked; copy its "
+            "chat_template.jinja beside its tokenizer.json"
+        ) from error

@@ -1,0 +1,161 @@
+"""Which plans a search tries, and what each of them costs in operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from illava.evaluate.loading import Loaded
+from illava.families import family_of
+from illava.families.seams import Seams
+from illava.flops import count_flops, measure
+from illava.plan import OUTPUT, Plan
+from illava.report import Report
+from illava.schedule import nearest_layers, resolve
+
+# Shares of the visual tokens that the encoder alone removes, and that are gone in all, the most first.
+ENCODER_REMOVES = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+TOTALS = (0.95, 0.889, 0.778, 0.667, 0.5, 0.3)
+# Places of single merges, as shares of the depth.
+_DECODER_PLACES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2)
+_ENCODER_PLACES = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
+
+Layers = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan by its parts.
+
+    Attributes:
+        vit_layers, llm_layers: where it merges.
+        encoder_removes: share of the visual tokens that the encoder removes.
+        reduction: share that is gone after the last merge.
+    """
+
+    vit_layers: Layers
+    llm_layers: Layers
+    encoder_removes: float
+    reduction: float
+
+    @property
+    def plan(self) -> Plan:
+        """As `illava.patch` takes it."""
+        share = round(self.encoder_removes / self.reduction, 4) if self.reduction else 0.4
+        if not (self.vit_layers and self.llm_layers):
+            share = 0.4  # one stage removes everything, whatever is said
+        return Plan(self.vit_layers, self.llm_layers, self.reduction, share)
+
+    @property
+    def parts(self) -> tuple[Candidate, ...]:
+        """Either stage alone, if both merge."""
+        if not (self.vit_layers and self.llm_layers):
+            return ()
+        removed = self.encoder_removes
+        return Candidate(self.vit_layers, (), removed, removed), Candidate(
+            (), self.llm_layers, 0.0, self.reduction
+        )
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The prompt that costs are counted for: one picture of the data's median size.
+
+    Attributes:
+        frames, frame_tokens: of the picture or video, in visual tokens.
+        text: tokens around it.
+    """
+
+    frames: int
+    frame_tokens: int
+    text: int
+
+    @classmethod
+    def median(cls, reports: Iterable[Report], texts: Iterable[int]) -> Shown:
+        """Of reports, and of the tokens around the pictures in each prompt."""
+        pictures = sorted((p for r in reports for p in r.pictures), key=lambda p: p.tokens)
+        middle = pictures[len(pictures) // 2]
+        frames = middle.grid[0] if middle.grid else 1
+        around = sorted(texts)
+        return cls(frames, max(1, middle.tokens // frames), around[len(around) // 2])
+
+
+class Space:
+    """Candidates for one model.
+
+    Args:
+        loaded: the model.
+        shown: what costs are counted for.
+    """
+
+    def __init__(self, loaded: Loaded, shown: Shown) -> None:
+        model = loaded.model
+        self.seams: Seams = family_of(model.config.model_type, type(model).__name__).find_seams(model)
+        self.shown = shown
+        self._shape = measure(self.seams)
+
+    @cached_property
+    def encoder_layers(self) -> list[Layers]:
+        """Sets of encoder blocks: the default, single blocks, neighbours among them, the encoder's output.
+
+        Where blocks attend in windows, those that attend to the whole picture: the others cannot compare
+        tokens of different windows.
+        """
+        depth, full = len(self.seams.blocks), sorted(self.seams.full_attention_blocks)
+        inner = [block for block in full if block < depth - 1]
+        if len(full) == depth:
+            inner = sorted({round(place * depth) for place in _ENCODER_PLACES})
+        sets: list[Layers] = [self.seams.vit_default, *((block,) for block in inner)]
+        sets += [pair for pair in zip(inner, inner[1:], strict=False)]
+        return list(dict.fromkeys([*sets, (OUTPUT,)]))
+
+    @cached_property
+    def decoder_layers(self) -> list[Layers]:
+        """Sets of decoder layers: the default, single layers, the default moved up."""
+        depth = len(self.seams.layers)
+        among = self.seams.scoring_layers
+        places = nearest_layers([round(place * depth) for place in _DECODER_PLACES], among)
+        later = nearest_layers(
+            [min(depth - 2, layer + depth // 8) for layer in self.seams.llm_default], among
+        )
+        return list(dict.fromkeys([self.seams.llm_default, *((layer,) for layer in places), later]))
+
+    def encoder_only(self) -> list[list[Candidate]]:
+        """For each set of blocks, from the strongest to the mildest."""
+        return [[Candidate(x, (), e, e) for e in ENCODER_REMOVES] for x in self.encoder_layers]
+
+    def decoder_only(self) -> list[list[Candidate]]:
+        """For each set of layers, from the strongest to the mildest."""
+        return [[Candidate((), x, 0.0, r) for r in TOTALS] for x in self.decoder_layers]
+
+    def joined(self, encoder: Sequence[Candidate], decoder: Sequence[Candidate]) -> list[Candidate]:
+        """Plans of both stages from plans of one, and these themselves; the cheapest first."""
+        found = [
+            Candidate(e.vit_layers, d.llm_layers, e.encoder_removes, d.reduction)
+            for e in encoder
+            for d in decoder
+            if d.reduction > e.encoder_removes
+        ]
+        return sorted([*encoder, *decoder, *found], key=self.cost)
+
+    def default(self, reduction: float) -> Candidate:
+        """The family's default plan."""
+        return Candidate(self.seams.vit_default, self.seams.llm_default, 0.4 * reduction, reduction)
+
+    def cost(self, candidate: Candidate) -> float:
+        """Operations of a prefill, as a share of the unpatched model's."""
+        plan = resolve(
+            candidate.plan,
+            vit_default=self.seams.vit_default,
+            llm_default=self.seams.llm_default,
+            vit_depth=len(self.seams.blocks),
+            llm_depth=len(self.seams.layers),
+            merge_size=self.seams.merge_size,
+            scoring_layers=self.seams.scoring_layers,
+        )
+        segment = plan.segment(self.shown.frames, self.shown.frame_tokens)
+        unit = self._shape.unit_tokens[0]
+        flops = count_flops(plan, self._shape, [(segment, unit)], [(self.shown.text, [segment])])
+        return 1 / flops.speedup_bound

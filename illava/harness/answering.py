@@ -1,0 +1,143 @@
+"""A checkpoint, patched, that answers conversations: what every harness's model is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from illava.errors import DataError
+from illava.extras import pillow
+from illava.jobs.pictures import DEFAULT_FRAMES, read_clip
+from illava.patching import Handle, patch
+from illava.plan import Plan
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """A patched model with its processor.
+
+    Attributes:
+        model, processor: as transformers loads them.
+        handle: illava's; `handle.report` tells what the last batch lost.
+        frames: of each video, spread evenly over it.
+    """
+
+    model: Any
+    processor: Any
+    handle: Handle
+    frames: int = DEFAULT_FRAMES
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str,
+        plan: Plan | Callable[[Any], Plan],
+        *,
+        device: str | torch.device = "cpu",
+        device_map: str | None = None,
+        dtype: str = "auto",
+        attn: str | None = None,
+        frames: int = DEFAULT_FRAMES,
+        **of_processor: Any,
+    ) -> Answerer:
+        """Load a checkpoint of a supported family and patch it.
+
+        Args:
+            checkpoint: a folder, or a name on the hub.
+            plan: or a function that makes one for the model.
+            device_map: instead of `device`, how to spread the model over several.
+            of_processor: for the processor's `from_pretrained`, such as `max_pixels`.
+        """
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        options: dict[str, Any] = {"dtype": dtype}
+        if attn is not None:
+            options["attn_implementation"] = attn
+        if device_map is not None:
+            options["device_map"] = device_map
+        model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint, **options).eval()
+        if device_map is None:
+            model = model.to(device)
+        processor = AutoProcessor.from_pretrained(checkpoint, **of_processor)
+        made = plan if isinstance(plan, Plan) else plan(model)
+        return cls(model, processor, patch(model, plan=made), frames)
+
+    @torch.inference_mode()
+    def answer(
+        self, conversations: Sequence[Sequence[Mapping[str, Any]]], **generation: Any
+    ) -> list[tuple[str, int]]:
+        """Answers to conversations, and how many tokens each has.
+
+        Args:
+            conversations: messages in transformers' form; the content of each is a list of
+                `{"type": "text", "text": ...}`, `{"type": "image", "image": PIL or path}` and
+                `{"type": "video", "video": path}`.
+            generation: for `generate`.
+
+        Raises:
+            DataError: a video that cannot be read.
+        """
+        inputs = self.inputs(conversations)
+        ids = self.model.generate(**inputs, **generation)[:, inputs["input_ids"].shape[1] :]
+        tokenizer = self.processor.tokenizer
+        special = torch.tensor(tokenizer.all_special_ids, device=ids.device)
+        lengths = (~torch.isin(ids, special)).sum(-1).tolist()
+        return list(zip(tokenizer.batch_decode(ids, skip_special_tokens=True), lengths, strict=True))
+
+    def inputs(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+        """Conversations as inputs of `generate`: one batch, padded on the left, on the model's device."""
+        parts = [
+            part for messages in conversations for message in messages for part in _parts(message["content"])
+        ]
+        images = [_picture(part["image"]) for part in parts if part["type"] == "image"]
+        clips = [self._clip(part["video"]) for part in parts if part["type"] == "video"]
+        texts = [
+            self.processor.apply_chat_template(
+                [_without_media(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+            for messages in conversations
+        ]
+        options: dict[str, Any] = {"images": images} if images else {}
+        if clips:
+            options |= {
+                "videos": [frames for frames, _ in clips],
+                "video_metadata": [about for _, about in clips],
+                "do_sample_frames": False,
+            }
+        inputs = self.processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **options)
+        # Only pixels take the model's type: in bfloat16, times and places would be rounded.
+        return {
+            name: value.to(self.model.device, self.model.dtype if name.startswith("pixel_values") else None)
+            for name, value in inputs.items()
+            if isinstance(value, torch.Tensor)
+        }
+
+    def _clip(self, file: str | Path) -> tuple[Any, Any]:
+        try:
+            return read_clip(Path(file), self.frames)
+        except Exception as error:  # what a broken file raises is up to its reader
+            raise DataError(f"{file} cannot be read: {error or type(error).__name__}") from error
+
+
+def _parts(content: Any) -> list[Mapping[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+
+
+def _picture(picture: Any) -> Any:
+    if isinstance(picture, (str, Path)):
+        pil = pillow()
+        picture = pil.ImageOps.exif_transpose(pil.Image.open(picture))
+    return picture.convert("RGB")
+
+
+def _without_media(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as templates read it: they ask what kind each part is, and some try to load the rest."""
+    parts = [
+        {"type": "text", "text": part["text"]} if part["type"] == "text" else {"type": part["type"]}
+        for part in _parts(message["content"])
+    ]
+    return {"role": message["role"], "content": parts}

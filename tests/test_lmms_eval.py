@@ -1,0 +1,193 @@
+"""lmms-eval from the package index, on questions about drawn pictures: its scores are illava's own count."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import illava
+from readers import batches, tasks
+
+pytest.importorskip("lmms_eval", reason='needs lmms-eval: pip install "illava[lmms-eval]"')
+
+from illava.harness import lmms_eval_model  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+READER = ROOT / "checkpoints" / "qwen2_5_vl"
+PLAN = {"vit_layers": (1, 3), "llm_layers": (1, 3), "reduction": 0.8}
+SAID = "vit_layers=1-3,llm_layers=1-3,reduction=0.8"
+COUNTS = {"find": 14, "several": 4}
+
+
+def test_lmms_eval_finds_the_models():
+    from lmms_eval.models import get_model
+
+    for name in (
+        "illava",
+        "illava_qwen2_5_vl",
+        "illava_qwen3_vl",
+        "illava_internvl",
+        "illava_llava_onevision",
+    ):
+        assert get_model(name) is lmms_eval_model.PatchedModel
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, {"max_new_tokens": 128, "num_beams": 1, "do_sample": False}),
+        ({"max_new_tokens": 8, "temperature": 0, "top_p": 0.5}, {"max_new_tokens": 8, "do_sample": False}),
+        ({"temperature": 0.7, "top_p": 0.9}, {"do_sample": True, "temperature": 0.7, "top_p": 0.9}),
+        ({"num_beams": 3}, {"num_beams": 3, "do_sample": False}),
+    ],
+)
+def test_settings_of_a_task(asked, expected):
+    settings = lmms_eval_model.generation_settings(asked)
+    assert settings.items() >= expected.items()
+    assert (settings.get("top_p") is None) == (not settings["do_sample"])
+
+
+def test_stop_strings_cut():
+    assert lmms_eval_model.cut("a\n\nb. c", ["\n\n", "."]) == "a\n\nb"
+    assert lmms_eval_model.cut("a b", None) == "a b"
+    assert lmms_eval_model.cut("a b", " ") == "a"
+
+
+@pytest.fixture(scope="module")
+def items():
+    return {
+        task: [tasks.held_out_item(task, "test", i) for i in range(count)] for task, count in COUNTS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(items, tmp_path_factory):
+    """Two tasks of lmms-eval over pictures of ours, and a run of both models on them."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("lmms_eval")
+    (folder / "tasks").mkdir()  # every YAML file in it is a task
+    (folder / "tasks" / "utils.py").write_text(
+        "def doc_to_visual(doc):\n    return doc['images']\n\n\n"
+        "def doc_to_text(doc):\n    return doc['question']\n"
+    )
+    for task, asked in items.items():
+        rows = {
+            "images": [[Image.fromarray(picture) for picture in item.pictures] for item in asked],
+            "question": [item.questions[0].text for item in asked],
+            "answer": [item.questions[0].answer for item in asked],
+        }
+        features = datasets.Features(
+            images=datasets.Sequence(datasets.Image()),
+            question=datasets.Value("string"),
+            answer=datasets.Value("string"),
+        )
+        data = datasets.DatasetDict(test=datasets.Dataset.from_dict(rows, features=features))
+        data.save_to_disk(folder / f"{task}_data")
+        (folder / "tasks" / f"{task}.yaml").write_text(
+            f"task: illava_{task}\n"
+            f"dataset_path: {folder / f'{task}_data'}\n"
+            "dataset_kwargs:\n  load_from_disk: true\n"
+            "test_split: test\n"
+            "output_type: generate_until\n"
+            "doc_to_visual: !function utils.doc_to_visual\n"
+            "doc_to_text: !function utils.doc_to_text\n"
+            "doc_to_target: answer\n"
+            "generation_kwargs:\n  max_new_tokens: 8\n"
+            "metric_list:\n  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n"
+        )
+    common = {
+        "model": "illava_qwen2_5_vl",
+        "tasks": ",".join(f"illava_{task}" for task in items),
+        "include_path": str(folder / "tasks"),
+        "batch_size": 4,
+        "device": "cpu",
+        "log_samples": True,
+    }
+    runs = [
+        common
+        | {"model_args": f"pretrained={READER},dtype=float32,{plan}", "output_path": str(folder / name)}
+        for name, plan in {"unpatched": "reduction=0", "patched": SAID}.items()
+    ]
+    (folder / "runs.yaml").write_text(yaml.safe_dump(runs))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours(items):
+    """Answers of the reader by transformers and illava alone, one question at a time."""
+    model = AutoModelForImageTextToText.from_pretrained(READER, dtype=torch.float32).eval()
+    composer = batches.Composer(model, AutoProcessor.from_pretrained(READER))
+
+    def answer(item):
+        inputs = composer.prompt(item, item.questions[0].text)
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=8)
+        return composer.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def answers():
+        return {task: [answer(item) for item in asked] for task, asked in items.items()}
+
+    with torch.inference_mode():
+        plain = answers()
+        with illava.patch(model, **PLAN):
+            return {"unpatched": plain, "patched": answers()}
+
+
+def run(folder, *command):
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "--config", str(folder / "runs.yaml")],
+        cwd=folder, capture_output=True, text=True, timeout=500, check=False,
+        env=os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
+            "WANDB_MODE": "offline", "HF_HOME": str(folder / "cache"),
+        },
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def newest(folder, pattern):
+    found = sorted(folder.rglob(pattern))
+    assert found, f"no {pattern}: {[str(p) for p in folder.rglob('*')]}"
+    return found[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_scores_are_our_own_count(folder, items, ours, processes):
+    """Patched and unpatched in one command; with two processes, each answers half."""
+    launch = ["accelerate.commands.launch", "--cpu", f"--num_processes={processes}", "--num_machines=1",
+              "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "-m"]  # fmt: skip
+    out = run(folder, *([] if processes == 1 else launch), "lmms_eval")
+    for name, answered in ours.items():
+        results = json.loads(newest(folder / name, "*results.json").read_text())["results"]
+        for task, asked in items.items():
+            samples = newest(folder / name, f"*samples_illava_{task}.jsonl").read_text().splitlines()
+            said = {row["doc_id"]: row["filtered_resps"] for row in map(json.loads, samples)}
+            assert [said[i].strip() for i in range(len(asked))] == [text.strip() for text in answered[task]]
+            right = [
+                said_.strip() == item.questions[0].answer
+                for said_, item in zip(answered[task], asked, strict=True)
+            ]
+            assert results[f"illava_{task}"]["exact_match,none"] == pytest.approx(np.mean(right))
+        for file in (folder / name).rglob("*"):
+            if file.is_file():
+                file.unlink()  # the next number of processes writes its own
+    assert ours["patched"] != ours["unpatched"]
+    assert "encoder blocks (1, 3)" in out or "1, 3" in out
+
+
+def test_a_setting_that_does_not_exist_is_said_before_anything_is_loaded():
+    with pytest.raises(illava.PlanError, match="did you mean 'reduction'"):
+        lmms_eval_model.PatchedModel.create_from_arg_string(
+            "pretrained=nowhere,reductoin=0.5", {"device": "cpu"}
+        )

@@ -1,0 +1,82 @@
+"""The commands for the paper's tables: sound, though nobody has run them here."""
+
+import ast
+import importlib.util
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import rivals.at_harness
+from illava import Plan
+from illava.harness.arguments import plan_for
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "examples" / "paper_tables.sh"
+# Rows of each table: the unpatched model, and at each reduction the paper's method and four others.
+ROWS = {"table1": 2 * (1 + 3 * 5), "table2": 1 + 2 * 5, "table3": 3 * (1 + 5)}
+
+
+def commands(*tables):
+    done = subprocess.run(["bash", SCRIPT, *tables], capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("table", ROWS)
+def test_every_row_has_its_command(table):
+    printed = commands(table)
+    assert len(printed) == len(set(printed)) == ROWS[table]
+    assert set(printed) <= set(commands())
+
+
+def test_every_plan_can_be():
+    for line in commands():
+        words = shlex.split(line)
+        if "--model_args" in words:
+            said = words[words.index("--model_args") + 1]
+            arguments = dict(pair.split("=", 1) for pair in said.split(","))
+            assert arguments.pop("pretrained")
+            assert arguments.pop("dtype") == "bfloat16"
+            for name in ("reduction", "encoder_share"):
+                if name in arguments:
+                    arguments[name] = float(arguments[name])
+        else:
+            arguments = registered(words[2])
+            if arguments is None:  # the unpatched model of VLMEvalKit itself
+                continue
+        plan = plan_for(arguments)
+        assert isinstance(plan, Plan) or plan.func in vars(rivals.at_harness).values()
+        if isinstance(plan, Plan) and arguments["reduction"] and "7B-Instruct" in line:
+            assert plan == Plan.paper(arguments["reduction"])
+
+
+def registered(script):
+    """What a script's call of `register` or `register_patched` says of the plan."""
+    compile(script, "script", "exec")
+    found = re.search(r"v\.(register\w*\(.*?\));", script)
+    if not found:
+        assert "; pass;" in script
+        return None
+    call = ast.parse(found[1], mode="eval").body
+    said = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    said.pop("pretrained", None)
+    return said
+
+
+def test_the_script_says_that_nobody_ran_it():
+    assert "NOT RUN HERE" in SCRIPT.read_text()
+
+
+def test_lmms_eval_knows_every_task():
+    found = importlib.util.find_spec("lmms_eval")
+    if found is None:
+        pytest.skip('needs lmms-eval: pip install "illava[lmms-eval]"')
+    lines = [shlex.split(line) for line in commands()]
+    said = [words[words.index("--tasks") + 1] for words in lines if "--tasks" in words]
+    asked = {task for tasks in said for task in tasks.split(",")}
+    assert len(asked) >= 14
+    for task in asked:
+        (file,) = Path(found.origin).with_name("tasks").glob(f"*/{task}.yaml")
+        assert re.search(rf"^(task|group): *[\"']?{task}[\"']?\s*$", file.read_text(), re.MULTILINE)

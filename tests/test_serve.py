@@ -1,0 +1,205 @@
+"""The example server, asked by OpenAI's own client over loopback."""
+
+import asyncio
+import base64
+import io
+import socket
+import threading
+import time
+
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+import illava
+import tiny_checkpoint
+from illava import Plan
+
+for package in ("fastapi", "uvicorn", "openai"):
+    pytest.importorskip(package, reason=f'needs {package}: pip install "illava[serve]" openai')
+
+import httpx  # noqa: E402  # comes with openai
+import openai  # noqa: E402
+import serve  # noqa: E402
+import uvicorn  # noqa: E402
+
+from illava.harness.answering import Answerer  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def answerer(tmp_path_factory):
+    folder = tiny_checkpoint.build(tmp_path_factory.mktemp("checkpoint") / "tiny")
+    return Answerer.load(str(folder), Plan(reduction=0.778))
+
+
+@pytest.fixture
+def server(answerer):
+    """A running server: its service, and a client of it."""
+    service = serve.Service(answerer, "tiny", longest_queue=2, most_tokens=400)
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    config = uvicorn.Config(serve.application(service), host="127.0.0.1", port=port, log_level="warning")
+    running = uvicorn.Server(config)
+    thread = threading.Thread(target=running.run, daemon=True)
+    thread.start()
+    while not running.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    yield service, client
+    client.close()
+    running.should_exit = True
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def address(width=140, height=112):
+    file = io.BytesIO()
+    Image.fromarray(load_sample_image("china.jpg")).resize((width, height)).save(file, "png")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def asked(text="what is this?", url=None):
+    content = [{"type": "image_url", "image_url": {"url": url}}] if url else []
+    return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+
+
+def whole(client, **settings):
+    settings = {"messages": asked(url=address()), "max_completion_tokens": 6} | settings
+    return client.chat.completions.create(model="tiny", **settings)
+
+
+def test_an_answer_is_that_of_the_patched_model(server, answerer):
+    service, client = server
+    reply = whole(client)
+    data = base64.b64decode(address().partition(",")[2])
+    picture = Image.open(io.BytesIO(data))
+    conversation = [{"role": "user", "content": [
+        {"type": "image", "image": picture}, {"type": "text", "text": "what is this?"}
+    ]}]  # fmt: skip
+    ((expected, _),) = answerer.answer([conversation], max_new_tokens=6, do_sample=False)
+    assert reply.choices[0].message.content == expected
+    assert reply.usage.completion_tokens <= 6
+    assert reply.usage.prompt_tokens == answerer.inputs([conversation])["input_ids"].shape[1]
+    assert reply.usage.visual_tokens == 20
+    assert reply.usage.visual_tokens_left == answerer.handle.report.pictures[0].final_tokens < 8
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert service.answered == 1
+
+
+def test_a_stream_says_the_same_piece_by_piece(server):
+    _, client = server
+    stream = list(whole(client, stream=True, stream_options={"include_usage": True}))
+    plain = whole(client)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+    assert "".join(pieces) == plain.choices[0].message.content
+    assert stream[-2].choices[0].finish_reason == plain.choices[0].finish_reason
+    assert stream[-1].usage == plain.usage
+
+
+def test_text_alone_system_and_turns_are_answered(server):
+    _, client = server
+    reply = whole(client, messages=[{"role": "system", "content": "be brief"}, *asked("hello")])
+    assert not hasattr(reply.usage, "visual_tokens")
+    turns = [*asked(url=address()), {"role": "assistant", "content": "a house"}, *asked("and now?")]
+    assert whole(client, messages=turns).usage.visual_tokens == 20
+    sampled = [whole(client, temperature=2.0).choices[0].message.content for _ in range(4)]
+    assert len(set(sampled)) > 1
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("https://example.org/a.png", "must be a data URL"),
+        ("file:///etc/passwd", "must be a data URL"),
+        ("data:image/png;base64,bm8gcGljdHVyZQ==", "cannot be read"),
+        ("data:image/png;base64,%%%", "cannot be read"),
+        (address()[:-400], "cannot be read"),
+    ],
+)
+def test_a_bad_picture_is_a_bad_request(server, url, says):
+    _, client = server
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match=says):
+            whole(client, messages=asked(url=url), stream=stream)
+    assert whole(client).choices, "and the next is answered"
+
+
+def test_what_is_not_understood_is_refused(server):
+    _, client = server
+    for settings in ({"logprobs": True}, {"n": 2}, {"messages": []}, {"max_completion_tokens": 0}):
+        with pytest.raises(openai.UnprocessableEntityError):
+            whole(client, **settings)
+
+
+def slowed(model, seconds, failing=()):
+    """Every pass of the language model takes that long, and the first ones fail."""
+    failing = list(failing)
+
+    def wait(*_):
+        time.sleep(seconds)
+        if failing:
+            raise failing.pop(0)
+
+    return model.model.language_model.register_forward_pre_hook(wait)
+
+
+def test_a_full_queue_says_so_and_loses_nobody(server, answerer):
+    service, client = server
+    port = client.base_url.port
+    hook = slowed(answerer.model, 0.1)
+    try:
+
+        async def all_at_once():
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}/v1", timeout=60) as many:
+                body = {"model": "tiny", "messages": asked(url=address()), "max_tokens": 4}
+                return await asyncio.gather(*(many.post("/chat/completions", json=body) for _ in range(8)))
+
+        replies = asyncio.run(all_at_once())
+    finally:
+        hook.remove()
+    statuses = sorted(reply.status_code for reply in replies)
+    assert statuses == [200] * 3 + [429] * 5, "one in work, two waiting"
+    refused = next(reply for reply in replies if reply.status_code == 429)
+    assert refused.headers["retry-after"] == "1"
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+    texts = {r.json()["choices"][0]["message"]["content"] for r in replies if r.status_code == 200}
+    assert len(texts) == 1
+    assert (service.answered, service.waiting) == (3, 0)
+    assert whole(client).choices
+
+
+def test_a_client_that_leaves_frees_the_model(server, answerer):
+    service, client = server
+    hook = slowed(answerer.model, 0.05)
+    try:
+        stream = whole(client, stream=True, max_completion_tokens=400)
+        next(iter(stream))
+        stream.close()
+        began = time.monotonic()
+        assert whole(client, max_completion_tokens=2).choices
+        assert time.monotonic() - began < 10, "not the 20 seconds of the whole answer"
+    finally:
+        hook.remove()
+
+
+def test_a_failure_is_told_and_the_next_is_answered(server, answerer):
+    service, client = server
+    hook = slowed(answerer.model, 0, [RuntimeError("no such layer"), torch.OutOfMemoryError("CUDA")])
+    try:
+        with pytest.raises(openai.InternalServerError, match="no such layer"):
+            whole(client)
+        with pytest.raises(openai.APIStatusError, match="does not fit in memory.*--reduction") as refused:
+            whole(client)
+        assert refused.value.status_code == 413
+        assert whole(client).choices
+    finally:
+        hook.remove()
+
+
+def test_the_command_says_what_is_wrong(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["serve.py", str(tmp_path), "--reduction", "2"])
+    with pytest.raises(illava.PlanError, match="reduction"):
+        serve.main()

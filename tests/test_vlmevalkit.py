@@ -1,0 +1,145 @@
+"""VLMEvalKit on questions about drawn pictures: its predictions are the model's own answers."""
+
+import base64
+import csv
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import illava
+from readers import batches, tasks
+
+pytest.importorskip("vlmeval", reason="needs VLMEvalKit: pip install ms-vlmeval")
+
+ROOT = Path(__file__).resolve().parent.parent
+READER = ROOT / "checkpoints" / "qwen2_5_vl"
+PLAN = {"vit_layers": (1, 3), "llm_layers": (1, 3), "reduction": 0.8}
+COUNT = 10
+SCRIPT = f"""
+import sys
+from illava.harness import vlmevalkit
+
+common = dict(pretrained={str(READER)!r}, dtype="float32", max_new_tokens=8)
+vlmevalkit.register("plain", reduction=0, **common)
+vlmevalkit.register("merged", vit_layers="1-3", llm_layers="1-3", reduction=0.8, **common)
+
+from vlmeval.run import main
+sys.argv = ["run", "--model", "plain", "merged", "--data", "drawn", "--mode", "infer", "--work-dir", "out"]
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def items():
+    return [tasks.held_out_item("find", "test", i) for i in range(COUNT)]
+
+
+def answers(items):
+    """By transformers and illava alone."""
+    model = AutoModelForImageTextToText.from_pretrained(READER, dtype=torch.float32).eval()
+    composer = batches.Composer(model, AutoProcessor.from_pretrained(READER))
+
+    def answer(item):
+        inputs = composer.prompt(item, item.questions[0].text)
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=8)
+        return composer.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    with torch.inference_mode():
+        plain = [answer(item) for item in items]
+        with illava.patch(model, **PLAN):
+            return {"plain": plain, "merged": [answer(item) for item in items]}
+
+
+@pytest.mark.slow
+def test_predictions_are_the_models_own_answers(items, tmp_path):
+    import pandas
+
+    (tmp_path / "data").mkdir()
+    with (tmp_path / "data" / "drawn.tsv").open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerow(["index", "image", "question", "answer"])
+        for i, item in enumerate(items):
+            png = io.BytesIO()
+            Image.fromarray(item.pictures[0]).save(png, "png")
+            question = item.questions[0]
+            writer.writerow([i, base64.b64encode(png.getvalue()).decode(), question.text, question.answer])
+    (tmp_path / "run.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False,
+        env=os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "LMUData": str(tmp_path / "data"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+            "PRED_FORMAT": "tsv",
+        },
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = answers(items)
+    for name, said in expected.items():
+        (file,) = {path.resolve() for path in (tmp_path / "out" / name).rglob(f"{name}_drawn.tsv")}
+        table = pandas.read_csv(file, sep="\t").sort_values("index")
+        # VLMEvalKit keeps a picture as a JPEG or PNG of its own: the answers say that nothing was lost.
+        assert [str(text).strip() for text in table["prediction"]] == [text.strip() for text in said]
+    assert expected["plain"] != expected["merged"]
+
+
+def test_turns_of_a_conversation():
+    from illava.harness.vlmevalkit import PatchedModel
+
+    model = PatchedModel.__new__(PatchedModel)
+    model.system_prompt = "be brief"
+    message = [
+        {"type": "image", "value": "a.png"},
+        {"type": "text", "value": "what ?"},
+        {"type": "text", "value": "a house", "role": "assistant"},
+        {"type": "text", "value": "and now ?", "role": "user"},
+    ]
+    assert model.conversation(message) == [
+        {"role": "system", "content": [{"type": "text", "text": "be brief"}]},
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "what ?"}],
+        },
+        {"role": "assistant", "content": [{"type": "text", "text": "a house"}]},
+        {"role": "user", "content": [{"type": "text", "text": "and now ?"}]},
+    ]
+    with pytest.raises(illava.errors.DataError, match="audio cannot be shown"):
+        model.conversation([{"type": "audio", "value": "a.wav"}])
+
+
+def test_one_of_vlmevalkits_own_models_is_patched(tmp_path, monkeypatch):
+    import tiny_checkpoint
+    from illava.harness import vlmevalkit
+
+    folder = tiny_checkpoint.build(tmp_path / "tiny")
+
+    class Own(vlmevalkit.BaseModel):
+        def __init__(self):
+            super().__init__()
+            self.model = AutoModelForImageTextToText.from_pretrained(folder)
+
+    monkeypatch.setitem(vlmevalkit.supported_VLM, "own", Own)
+    monkeypatch.setitem(vlmevalkit.supported_VLM, "strange", lambda: object())
+    vlmevalkit.register_patched("own-merged", "own", vit_layers="5-9-13", llm_layers="1", reduction=0.5)
+    made = vlmevalkit.supported_VLM["own-merged"]()
+    assert isinstance(made, Own)
+    assert made.illava_handle.active
+    assert made.illava_handle.plan.vit_layers == (5, 9, 13)
+    with pytest.raises(illava.errors.DataError, match="has no model 'nobody'"):
+        vlmevalkit.register_patched("merged", "nobody")
+    vlmevalkit.register_patched("strange-merged", "strange", reduction=0.5)
+    with pytest.raises(illava.errors.DataError, match="elsewhere than in .model"):
+        vlmevalkit.supported_VLM["strange-merged"]()
+
+
+def test_a_plan_that_cannot_be_is_refused_when_it_is_registered():
+    from illava.harness import vlmevalkit
+
+    with pytest.raises(illava.PlanError, match="did you mean 'reduction'"):
+        vlmevalkit.register("wrong", pretrained="nowhere", reductoin=0.5)
