@@ -1,6 +1,8 @@
 """The web page in a real browser: `pytest -m browser`. Needs Chromium (apt-get install chromium)."""
 
 import shutil
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,6 +12,8 @@ from PIL import Image
 
 import illava
 import illava.demo
+from illava.demo import asking
+from illava.demo.samples import FOLDER, SAMPLES
 from illava.errors import DemoError
 
 pytestmark = pytest.mark.browser
@@ -24,6 +28,7 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 MINUTE = 60_000  # Playwright counts milliseconds
+SEVERAL, VIDEO = 4, 5  # among the examples
 SAID = "document.querySelector('#{0} .said').innerText.trim()"
 
 
@@ -95,14 +100,24 @@ def upload(tab, *files) -> None:
 def ask(tab, question: str) -> tuple[str, str]:
     """Both answers to a question."""
     tab.locator("#question textarea, #question input").fill(question)
-    tab.click("#ask")
-    return answers(tab)
+    return answers(tab, lambda: tab.click("#ask"))
 
 
-def answers(tab) -> tuple[str, str]:
-    """Both answers, once the verdict is there."""
-    tab.wait_for_selector(".verdict")
+def answers(tab, act=lambda: None) -> tuple[str, str]:
+    """Both answers, once there is a verdict that was not there before this was done."""
+    tab.evaluate("document.querySelectorAll('.verdict').forEach(x => x.dataset.old = 'yes')")
+    act()
+    tab.wait_for_selector(".verdict:not([data-old])")
     return tuple(tab.evaluate(SAID.format(side)) for side in ("unpatched", "patched"))
+
+
+def eventually(found):
+    """What this function finds on the server, as soon as it finds something."""
+    end = time.monotonic() + MINUTE / 1000
+    while not (result := found()):
+        assert time.monotonic() < end, "nothing in a minute"
+        time.sleep(0.05)
+    return result
 
 
 def slide(tab, name: str, share: float) -> None:
@@ -143,8 +158,6 @@ def by_hand():
 @pytest.fixture(scope="module")
 def pictures():
     """The shipped examples by name."""
-    from illava.demo.samples import FOLDER
-
     return {file.stem: file for file in FOLDER.iterdir()}
 
 
@@ -162,10 +175,68 @@ def test_upload_ask_and_see_both_answers(open_tab, pictures, by_hand, tmp_path):
     assert "%" in costs[2]
 
 
+@pytest.fixture
+def gate(monkeypatch):
+    """Tokens come when they are let through: `gate.release(2)`, and all of them at the end."""
+    gate, put = threading.Semaphore(0), asking._Tap.put
+    closed = threading.Event()
+
+    def waiting(self, value):
+        while not (self.next_tokens_are_prompt or closed.is_set() or gate.acquire(timeout=0.05)):
+            pass
+        put(self, value)
+
+    gate.open = closed.set
+    monkeypatch.setattr(asking._Tap, "put", waiting)
+    yield gate
+    gate.open()
+
+
+def said(tab, side: str, words: str) -> None:
+    """Waits until a side says just this."""
+    tab.wait_for_function("w => " + SAID.format(side) + " === w", arg=words)
+
+
+def pick(tab, number: int) -> None:
+    """Click on an example, and wait until it is in the gallery with its question."""
+    sample = SAMPLES[number]
+    tab.locator("#samples .thumbnail-item").nth(number).click()
+    tab.wait_for_function(
+        "q => document.querySelector('#question textarea, #question input').value === q", arg=sample.question
+    )
+    tab.wait_for_function(
+        "n => document.querySelectorAll('#shown .grid-container img, #shown .grid-container video').length"
+        " === n",
+        arg=len(sample.names),
+    )
+
+
+def test_both_answers_stream(open_tab, gate):
+    tab = open_tab()
+    pick(tab, VIDEO)
+    tab.click("#ask")
+    said(tab, "unpatched", "looking")
+    said(tab, "patched", "after the unpatched model")
+    gate.release(2)  # a word is shown when the next one begins
+    tab.wait_for_selector("#unpatched .caret")
+    said(tab, "unpatched", "zero")
+    gate.release(1)
+    said(tab, "unpatched", "zero two")
+    gate.release(3)  # one and the end there, and then two here
+    said(tab, "patched", "zero")
+    said(tab, "unpatched", "zero two six")
+    assert not tab.locator(".verdict").count()
+    gate.open()
+    tab.wait_for_selector(".verdict")
+    assert tab.locator(".caret").count() == 0
+    assert tab.inner_text("#patched .said") == "zero two six"
+
+
 def test_the_merge_slider_changes_the_overlay(open_tab, pictures):
     tab = open_tab()
     upload(tab, pictures["green"])
     ask(tab, "which digit is green ?")
+    tab.wait_for_selector(".overlay img")
     seen = {}
     for share in (0.99, 0.5, 0.01):
         before = tab.inner_text(".overlay h3")
@@ -180,6 +251,13 @@ def test_the_merge_slider_changes_the_overlay(open_tab, pictures):
     assert counts[0] == 144
     assert counts == sorted(counts, reverse=True)
     assert counts[-1] < 40
+    # And with the attention below.
+    slide(tab, "merge", 0.99)
+    tab.wait_for_function("b => document.querySelector('.overlay h3').innerText !== b", arg=before)
+    height = "document.querySelector('.overlay img').naturalHeight"
+    alone = tab.evaluate(height)
+    tab.click("#importance input")
+    tab.wait_for_function(f"h => {height} > 1.5 * h", arg=alone)
 
 
 def test_the_reduction_slider_asks_the_patched_side_again(open_tab, pictures):
@@ -187,29 +265,22 @@ def test_the_reduction_slider_asks_the_patched_side_again(open_tab, pictures):
     upload(tab, pictures["white"])
     plain, _ = ask(tab, "which digit is white ?")
     before = tab.inner_text(".verdict")
-    slide(tab, "reduction", 0.3)
-    tab.wait_for_function(
-        "b => { const v = document.querySelector('.verdict'); return v && v.innerText !== b }", arg=before
-    )
-    assert answers(tab)[0] == plain
+    assert answers(tab, lambda: slide(tab, "reduction", 0.3))[0] == plain
     assert "of 144" in tab.inner_text(".verdict")
     assert tab.inner_text(".verdict") != before
 
 
 def test_several_pictures_and_a_video_from_the_examples(open_tab):
     tab = open_tab()
-    for number, word, count in ((4, "cyan", 4), (5, "order", 2)):
-        tab.locator("#samples .thumbnail-item").nth(number).click()
-        tab.wait_for_function(
-            "w => document.querySelector('#question textarea, #question input').value.includes(w)", arg=word
+    for number, word, tokens in ((SEVERAL, "first", "256"), (VIDEO, "zero two six", "144")):
+        pick(tab, number)
+        assert answers(tab, lambda: tab.click("#ask")) == (word, word)
+        assert f"of {tokens} visual" in tab.inner_text(".verdict")
+        tab.wait_for_selector(".overlay img")
+        width, height = tab.evaluate(
+            "(x => [x.naturalWidth, x.naturalHeight])(document.querySelector('.overlay img'))"
         )
-        tab.click("#ask")
-        if number == 5:
-            tab.wait_for_function("() => !document.querySelector('.verdict')")
-        plain, patched = answers(tab)
-        assert plain
-        assert patched
-        assert tab.locator(".overlay img").count() >= count
+        assert (width > height) == (number == VIDEO)  # frames lie side by side, pictures below each other
 
 
 @pytest.mark.parametrize("name", ["notes.png", "broken.mp4"])
@@ -233,39 +304,38 @@ def test_asking_without_a_picture_is_answered_in_words(open_tab):
     assert "nothing to look at" in tab.inner_text(".notice.error")
 
 
-def test_two_tabs_at_once_do_not_disturb_each_other(open_tab, server, pictures, by_hand):
+def test_two_tabs_at_once_do_not_disturb_each_other(open_tab, server, pictures, by_hand, gate):
     questions = {"white": "which digit is white ?", "green": "which digit is green ?"}
+    expected = {name: by_hand(pictures[name], question)[0] for name, question in questions.items()}
+    assert expected["white"] != expected["green"]
     tabs = {name: open_tab() for name in questions}
     for name, tab in tabs.items():
         upload(tab, pictures[name])
         tab.locator("#question textarea, #question input").fill(questions[name])
     slide(tabs["green"], "reduction", 0.0)
-    for tab in tabs.values():
-        tab.click("#ask")
+    tabs["white"].click("#ask")
+    said(tabs["white"], "unpatched", "looking")  # and held there, so that both are under way
+    tabs["green"].click("#ask")
+    gate.open()
     seen = {name: answers(tab) for name, tab in tabs.items()}
-    for name, question in questions.items():
-        expected, _ = by_hand(pictures[name], question)
-        assert seen[name][0] == expected[0]
-    assert seen["green"][1] == seen["green"][0]
-    assert "0.0% merged away" in tabs["green"].inner_text(".verdict")
-    assert "0.0%" not in tabs["white"].inner_text(".verdict")
+    assert seen["white"] == expected["white"]
+    assert seen["green"] == (expected["green"][0],) * 2  # not merged: what it asked for
+    assert "this plan merges none" in tabs["green"].inner_text(".verdict")
+    assert "merged away" in tabs["white"].inner_text(".verdict")
+    assert tabs["white"].locator("section.overlay").count() == 1
+    assert tabs["green"].locator("section.overlay").count() == 0
 
 
 def test_nothing_is_kept_of_a_closed_tab(open_tab, server, pictures):
-    before = {file for file in server.uploads.rglob("*") if file.is_file()}
+    others = set(server.sessions)
     tab = open_tab()
     upload(tab, pictures["pink"])
-    uploaded = {file for file in server.uploads.rglob("*") if file.is_file()} - before
-    assert uploaded
-    known = len(server.sessions)
-    other = open_tab()  # so that something waits while the first one goes
+    (name,) = eventually(lambda: set(server.sessions) - others)
+    (file,) = eventually(lambda: server.sessions.of(name).files)
+    assert file.is_file()
     tab.close()
-    for _ in range(120):
-        if len(server.sessions) < known and not any(file.exists() for file in uploaded):
-            break
-        other.wait_for_timeout(250)
-    assert len(server.sessions) < known
-    assert not any(file.exists() for file in uploaded)
+    eventually(lambda: name not in server.sessions)
+    assert not file.exists()
 
 
 @pytest.mark.parametrize("path", ["/etc/hostname", str(Path(illava.__file__))])

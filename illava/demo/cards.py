@@ -43,7 +43,7 @@ def _costs(answer: Answer | None, beside: Answer | None) -> list[tuple[str, str,
     none = "–"
     if answer is None:
         return [(name, none, "") for name in ("first token", "tokens / s", "memory")]
-    other = beside if beside is not None and beside.done and answer.done else None
+    other = beside if beside is not None and beside.done and answer.report is not None else None
     first = answer.first_seconds
     rate = answer.tokens_per_second
     memory, its = answer.cache_bytes, other.cache_bytes if other else 0
@@ -76,28 +76,32 @@ def _size(size: int) -> str:
     return f"{size / 2**10:.0f} KiB"
 
 
-def verdict(unpatched: Answer | None, patched: Answer | None) -> str:
-    """One line below both answers: whether they agree, and for how many tokens."""
-    if not (unpatched and patched and unpatched.done and patched.done and patched.report):
+def verdict(unpatched: Answer | None, patched: Answer) -> str:
+    """One line below both answers, where both are done: whether they agree, and for how many tokens."""
+    if unpatched is None or not (unpatched.done and patched.done):
         return ""
     same = unpatched.text.strip() == patched.text.strip()
     report = patched.report
+    words = " from <b>all</b> visual tokens: this plan merges none"
+    if report is not None:
+        words = (
+            f" from <b>{report.final_tokens:,} of {report.tokens:,}</b> visual tokens "
+            f"({report.reduction:.1%} merged away); {report.flops.speedup_bound:.2f}× less arithmetic before "
+            "the first token"
+        )
     return (
         f'<div class="verdict {"same" if same else "differs"}">'
-        f"<b>{'The same answer' if same else 'Another answer'}</b> from "
-        f"<b>{report.final_tokens:,} of {report.tokens:,}</b> visual tokens "
-        f"({report.reduction:.1%} merged away); {report.flops.speedup_bound:.2f}× less arithmetic before the "
-        "first token</div>"
+        f"<b>{'The same answer' if same else 'Another answer'}</b>{words}</div>"
     )
 
 
-def staircase(report: Report | None, place: int) -> str:
+def staircase(report: Report, place: int) -> str:
     """Visual tokens left after each merging layer, all pictures together, as bars.
 
     Args:
         place: the bar that stands out, 0 for the first.
     """
-    if report is None or not report.tokens:
+    if not report.tokens:
         return ""
     left: dict[tuple[str, int], int] = {}
     for picture in report.pictures:

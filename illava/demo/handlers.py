@@ -12,7 +12,7 @@ import gradio as gr
 from illava.demo import cards
 from illava.demo.asking import Answer, Asker, Prompt
 from illava.demo.controls import plan_of
-from illava.demo.media import Limits, read
+from illava.demo.media import Clip, Limits, Picture, read
 from illava.demo.overlays import Overlays
 from illava.demo.sessions import Session, Sessions
 from illava.errors import DemoError, IllavaError, UploadError
@@ -46,13 +46,8 @@ class Handlers:
 
     def look(self, request: gr.Request, gallery: Gallery) -> str:
         """Read what was brought; says what is wrong with it."""
-        session = self.sessions.of(request.session_hash)
-        session.shown = ()
         try:
-            files = self.sessions.bring(request.session_hash, [file for file, _ in gallery or ()])
-            if len(files) > self.limits.files:
-                raise UploadError(f"{len(files)} files are too many; bring at most {self.limits.files}")
-            session.shown = tuple(read(file, self.limits) for file in files)
+            self._read(request, gallery)
         except IllavaError as error:
             return cards.notice(str(error))
         return ""
@@ -61,25 +56,24 @@ class Handlers:
         self, request: gr.Request, gallery: Gallery, question: str, answer_tokens: float, *controls: Any
     ) -> Iterator[Shown]:
         """Ask both sides, the unpatched one first."""
-        session = self.sessions.of(request.session_hash)
-        stop = session.begin()
-        session.asked = session.unpatched = None
-        session.overlays = None
         try:
+            session = self.sessions.of(request.session_hash)
+            stop = session.begin()
+            session.asked = session.unpatched = session.overlays = None
             plan = plan_of(*controls)
-            if words := self.look(request, gallery):
-                yield Shown(notice=words)
-                return
-            prompt = self._prompt(session, question)
+            most = min(int(answer_tokens), self.limits.answer_tokens)
+            prompt = self._prompt(self._read(request, gallery), question)
             waiting = cards.card("illava", None, state="after the unpatched model")
             looking = cards.card("unpatched", None, state="looking")
             yield Shown("", looking, waiting, "", "", _hidden(), _hidden(), "")
-            for answer in self.asker.ask(prompt, None, answer_tokens=int(answer_tokens), stop=stop):
+            for answer in self.asker.ask(prompt, None, answer_tokens=most, stop=stop):
                 session.unpatched = answer
                 yield Shown(unpatched=cards.card("unpatched", answer))
             session.asked = prompt
-            if not stop.is_set():
-                yield from self._patched(session, plan, int(answer_tokens), 0, False)
+            if stop.is_set():
+                yield Shown(patched=cards.card("illava", None, state="not asked"))
+                return
+            yield from self._patched(session, plan, most, 0, False)
         except Exception as error:
             yield Shown(notice=_words(error))
 
@@ -91,14 +85,14 @@ class Handlers:
         Args:
             merge, importance: which overlay is shown, and whether with what ranked the tokens; stays so.
         """
-        session = self.sessions.of(request.session_hash)
-        if session.asked is None or session.unpatched is None:
-            yield Shown()
-            return
-        session.begin()
         try:
-            plan = plan_of(*controls)
-            yield from self._patched(session, plan, int(answer_tokens), int(merge), importance)
+            session = self.sessions.of(request.session_hash)
+            if session.asked is None or session.unpatched is None:
+                yield Shown()
+                return
+            session.begin()
+            most = min(int(answer_tokens), self.limits.answer_tokens)
+            yield from self._patched(session, plan_of(*controls), most, int(merge), importance)
         except Exception as error:
             yield Shown(notice=_words(error))
 
@@ -117,8 +111,25 @@ class Handlers:
         """The tab is gone."""
         self.sessions.close(request.session_hash)
 
-    def _prompt(self, session: Session, question: str) -> Prompt:
-        if not session.shown:
+    def _read(self, request: gr.Request, gallery: Gallery) -> tuple[Picture | Clip, ...]:
+        """What was brought, decoded; it stays so until something else is brought.
+
+        Raises:
+            IllavaError: what is wrong with it.
+        """
+        session = self.sessions.of(request.session_hash)
+        with session.reading:  # asking may begin while an upload is still being read
+            before = session.files
+            files = self.sessions.bring(request.session_hash, [file for file, _ in gallery or ()])
+            if files != before or not session.shown:
+                session.shown = ()
+                if len(files) > self.limits.files:
+                    raise UploadError(f"{len(files)} files are too many; bring at most {self.limits.files}")
+                session.shown = tuple(read(file, self.limits) for file in files)
+            return session.shown
+
+    def _prompt(self, shown: tuple[Picture | Clip, ...], question: str) -> Prompt:
+        if not shown:
             raise DemoError("there is nothing to look at yet; bring a picture or a video, or pick an example")
         if not question.strip():
             raise DemoError("there is no question yet; write one below the picture")
@@ -126,7 +137,7 @@ class Handlers:
             raise DemoError(
                 f"the question has {len(question):,} characters; ask in at most {self.limits.question:,}"
             )
-        return Prompt(session.shown, question.strip())
+        return Prompt(shown, question.strip())
 
     def _patched(
         self, session: Session, plan: Plan, answer_tokens: int, merge: int, importance: bool
@@ -142,7 +153,8 @@ class Handlers:
         report = answer.report
         if report is None:
             session.overlays = None
-            yield Shown(stairs="", merge=_hidden(), importance=_hidden(), overlay="")
+            verdict = "" if session.stop.is_set() else cards.verdict(plain, answer)
+            yield Shown(verdict=verdict, stairs="", merge=_hidden(), importance=_hidden(), overlay="")
             return
         session.overlays = overlays = Overlays(report, prompt.shown)
         last = overlays.last

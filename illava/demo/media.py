@@ -26,7 +26,7 @@ _READ_BY_MARK = 16
 
 @dataclass(frozen=True)
 class Limits:
-    """What one user may bring along.
+    """What users may bring along, and how many of them.
 
     Attributes:
         file_bytes: of one file.
@@ -38,6 +38,9 @@ class Limits:
         question: characters.
         answer_tokens: length of an answer.
         waiting: questions in the queue, of all users together.
+        tabs: known at once.
+        folder_bytes: of all uploads together.
+        unclaimed_seconds: how long an upload waits for a tab to show it.
     """
 
     file_bytes: int = 32 * 2**20
@@ -50,6 +53,14 @@ class Limits:
     question: int = 1_000
     answer_tokens: int = 512
     waiting: int = 16
+    tabs: int = 64
+    folder_bytes: int = 4 * 2**30
+    unclaimed_seconds: float = 600.0
+
+    @property
+    def request_bytes(self) -> int:
+        """Of one upload: all files of a question, and what a browser writes between them."""
+        return self.files * self.file_bytes + 2**20
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,9 @@ class Server:
         self.uploads = Path(self._end.enter_context(tempfile.TemporaryDirectory(prefix="illava-demo-")))
         self._end.callback(_set_environment, _UPLOADS, os.environ.get(_UPLOADS))
         _set_environment(_UPLOADS, str(self.uploads))  # before Gradio's parts are made, which remember it
+        from starlette.middleware import Middleware
+
+        from illava.demo.doorkeeper import Doorkeeper
         from illava.demo.handlers import Handlers
         from illava.demo.media import Limits
         from illava.demo.page import STYLE, draw_page, theme
@@ -38,7 +41,7 @@ class Server:
 
         limits = limits or Limits()
         gradio.set_static_paths([FOLDER])  # served where they lie, not copied among the uploads
-        self.sessions = Sessions(self.uploads, FOLDER)
+        self.sessions = Sessions(self.uploads, FOLDER, limits)
         self._end.callback(asker.close)
         page = draw_page(Handlers(asker, self.sessions, limits))
         page.queue(max_size=limits.waiting, api_open=False)
@@ -56,6 +59,7 @@ class Server:
                 footer_links=[],
                 ssr_mode=False,
                 inbrowser=False,
+                app_kwargs={"middleware": [Middleware(Doorkeeper, self.sessions, limits)]},
             )
         except OSError as error:
             self.close()
