@@ -252,6 +252,7 @@ def test_the_merge_slider_changes_the_overlay(open_tab, pictures):
     assert counts == sorted(counts, reverse=True)
     assert counts[-1] < 40
     # And with the attention below.
+    before = tab.inner_text(".overlay h3")
     slide(tab, "merge", 0.99)
     tab.wait_for_function("b => document.querySelector('.overlay h3').innerText !== b", arg=before)
     height = "document.querySelector('.overlay img').naturalHeight"

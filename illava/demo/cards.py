@@ -91,7 +91,8 @@ def verdict(unpatched: Answer | None, patched: Answer) -> str:
         )
     return (
         f'<div class="verdict {"same" if same else "differs"}">'
-        f"<b>{'The same answer' if same else 'Another answer'}</b>{words}</div>"
+        f"<b>{'The same answer' if same else 'Another answer'}</b>{words}"
+        "<small>times are of one run each; illava bench measures</small></div>"
     )
 
 

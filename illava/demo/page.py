@@ -47,12 +47,12 @@ def draw_page(handlers: Handlers) -> gr.Blocks:
     with gr.Blocks(title="illava", analytics_enabled=False, delete_cache=(600, 86_400)) as page:
         gr.HTML(
             "<header><h1>illava</h1><p>The same model answers twice: as it is, and with redundant visual "
-            "tokens merged inside the encoder and the language model.</p>"
+            "tokens merged.</p>"
             f"<p class='model'>{cards.escape(asker.name)} <span>{device}</span></p></header>",
             elem_id="head",
         )
         with gr.Row(equal_height=False):
-            with gr.Column(scale=5, min_width=340):
+            with gr.Column(scale=5, min_width=320):
                 gallery = gr.Gallery(
                     label="pictures, or a video", interactive=True, type="filepath", columns=4, height=235,
                     object_fit="contain", file_types=["image", "video"], elem_id="shown",
@@ -80,7 +80,7 @@ def draw_page(handlers: Handlers) -> gr.Blocks:
             interactive=False, object_fit="cover", elem_id="samples", buttons=[], container=False,
         )  # fmt: skip
         notice = gr.HTML(elem_id="notice", padding=False)
-        with gr.Row(equal_height=True):
+        with gr.Row(equal_height=True, elem_id="answers"):
             unpatched = gr.HTML(
                 cards.card("unpatched", None, state="ask something"), elem_id="unpatched", padding=False
             )
@@ -89,18 +89,18 @@ def draw_page(handlers: Handlers) -> gr.Blocks:
             )
         verdict = gr.HTML(elem_id="verdict", padding=False)
         with gr.Row(equal_height=False):
-            with gr.Column(scale=5, min_width=340):
+            with gr.Column(scale=4, min_width=320):
                 merge = gr.Slider(
                     0, 1, 0, step=1, label="merge by merge", visible=False, elem_id="merge",
                     info="0 is the picture as it came; each step is one merging layer",
                 )  # fmt: skip
+                stairs = gr.HTML(elem_id="stairs", padding=False)
                 importance = gr.Checkbox(
-                    label="and the attention that each merge ranked the tokens by", visible=False,
+                    label="show the attention that merges ranked tokens by", visible=False,
                     elem_id="importance", container=False,
                 )  # fmt: skip
+            with gr.Column(scale=5, min_width=320):
                 overlay = gr.HTML(elem_id="overlay", padding=False)
-            with gr.Column(scale=4, min_width=320):
-                stairs = gr.HTML(elem_id="stairs", padding=False)
 
         shown = [notice, unpatched, patched, verdict, stairs, merge, importance, overlay]
         busy: dict[str, Any] = {
