@@ -32,16 +32,16 @@ def visualize(
 ) -> Image.Image:
     """Draw where the tokens went: the pictures, and what every merge left of them.
 
-    What is kept keeps its colours; what is gone is dark, and less so what lives on in another token. A
-    thick outline marks tokens that took in others: in colours, with lines to what they took in, those of
-    the merge drawn; in white those of earlier ones.
+    What is kept keeps its colours; what was dropped is dark and striped. A token that took in others has a
+    thick outline: in a colour of its own, with a number, if this merge did it, and what it took in has the
+    same colour and number; in white if an earlier one did, and what such tokens took in is grey.
 
     Args:
         report: of a model patched with `trace=True`, after a call.
         pictures: what the processor was given: a picture (PIL or `[height, width, 3]` uint8), a video (its
             frames as a list, or `[frames, height, width, 3]`), or a list of pictures and videos.
         merges: which merges to draw, counted from 0 over encoder and language model; all of them by default.
-        importance: draw as well by what each merge ranked the tokens: bright is more attention.
+        importance: draw as well by what each merge ranked the tokens: yellow is most important.
         row: which batch row.
         frames: how many frames of a video to draw at most, evenly spread.
         title: a line above, for example the question asked.
@@ -57,17 +57,18 @@ def visualize(
     """
     for package in ("matplotlib.figure", "PIL.Image"):
         required(package, "see")
-    from illava.see import figure, views
+    from illava.see import figure, given, views
 
     if save is not None and Path(save).suffix.lower() not in FILES:
         raise PictureError(f"save={str(save)!r}: what is drawn is written as {', '.join(FILES)}")
     if frames < 1:
         raise PictureError(f"frames={frames}: at least one frame of a video is drawn")
     own = _traced(report, row)
-    video = len(own) == 1 and own[0].kind == "video"
-    found = views.views(own, views.as_pictures(pictures, video=video), frames)
+    shown = given.as_pictures(pictures, video=all(p.kind == "video" for p in own))
+    found = views.views(own, shown, frames)
+    video = len(shown) == 1 and isinstance(shown[0], list)
     numbers = _chosen(len(own[0].merges), merges)
-    drawn = figure.compose(found, numbers, importance=importance, title=title, down=video)
+    drawn = figure.compose(found, numbers, importance=importance, title=title, video=video)
     if save is not None:
         drawn.savefig(save)
     return figure.image(drawn)
@@ -77,8 +78,8 @@ def _traced(report: Report | None, row: int) -> list[Provenance]:
     """The provenance of one row's pictures."""
     if report is None or report.provenance is None:
         raise PictureError(
-            "this report does not tell where tokens came from; patch with illava.patch(model, trace=True) and "
-            "call the model again"
+            "this report does not tell where tokens came from; patch with illava.patch(model, trace=True) "
+            "and call the model again"
         )
     own = [p for p in report.provenance if p.row == row]
     if not own:
