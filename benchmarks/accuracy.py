@@ -26,7 +26,8 @@ from pathlib import Path
 import torch
 from accuracy_ablations import GROUPS, PLANS
 from accuracy_measure import BUDGETS, Cell, Reader, load, measure, pack, ready, versions
-from accuracy_show import BEGIN, END, plots, readme_block, tables
+from accuracy_page import BEGIN, END, page, readme_block
+from accuracy_show import plots, tables
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -56,7 +57,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--items", type=int, default=2000, help="of each task")
     add("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     add("--out", type=Path, default=RESULTS / "accuracy.csv")
-    add("--readme", action="store_true", help="put the test split's tables into the README")
+    add("--readme", action="store_true", help="write the tables into README.md and docs/accuracy.md")
     add("--show", action="store_true", help="only tables and plots of what the CSV holds")
     return parser.parse_args(arguments)
 
@@ -162,6 +163,7 @@ def main() -> None:
         text = (ROOT / "README.md").read_text()
         before, after = text.split(BEGIN)[0], text.split(END)[1]
         (ROOT / "README.md").write_text(before + readme_block(rows) + after)
+        (ROOT / "docs/accuracy.md").write_text(page(rows))
     plots(rows, options.out.with_suffix(""))
 
 

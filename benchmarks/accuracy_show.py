@@ -102,32 +102,6 @@ def tables(console: Console, rows: Sequence[Row]) -> None:
         console.print(note, style="dim", highlight=False)
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """Every table for the README."""
-    parts = []
-    for title, header, body in lines(rows):
-        parts += [f"**{title}**", ""]
-        parts += [f"| {' | '.join(header)} |", "|---" + "|---:" * (len(header) - 1) + "|"]
-        parts += [f"| {' | '.join(cells)} |" for cells in body] + [""]
-    return "\n".join(parts)
-
-
-BEGIN, END = "<!-- accuracy tables -->", "<!-- end of accuracy tables -->"
-
-
-def readme_block(rows: Sequence[Row]) -> str:
-    """What stands between the README's markers, both included: the test split's tables."""
-    shown = [row for row in rows if row["split"] == "test"]
-    if not shown:
-        return "\n".join([BEGIN, "Not measured yet.", END])
-    counts = {int(row["items"]) for row in shown if not row["note"]}
-    versions = {f"torch {row['torch']}, transformers {row['transformers']}, {row['device']}" for row in shown}
-    items = f"{min(counts):,}" if len(counts) == 1 else f"{min(counts):,} to {max(counts):,}"
-    told = f"{items} items a task, ± half of the 95 % interval; {'; '.join(sorted(versions))}."
-    notes = sorted({f"- {row['method']}: {row['note']}" for row in shown if row["note"]})
-    return "\n".join([BEGIN, told, "", markdown(shown).rstrip(), *(["", *notes] if notes else []), END])
-
-
 def plots(rows: Sequence[Row], stem: Path) -> None:
     """Accuracy kept on the picture tasks against the reduction, a figure for each reader and budget."""
     grouped = groups([row for row in rows if row["task"] != "video"])
@@ -136,8 +110,8 @@ def plots(rows: Sequence[Row], stem: Path) -> None:
         base = grouped.get((reader, split, "tokens", "0.0000"), {}).get("unpatched", {})
         for key, methods in grouped.items():
             for method, found in methods.items() if key[:3] == (reader, split, budget) else ():
-                both = [t for t in IMAGE_TASKS if t in found and t in base]
-                share = kept([found[t] for t in both], [base[t] for t in base if t != "video"])
+                asked = [t for t in IMAGE_TASKS if t in base and any(t in m for m in methods.values())]
+                share = kept([found[t] for t in asked if t in found], [base[t] for t in asked])
                 if share and float(key[3]) > 0:
                     curves.setdefault(method, []).append((float(key[3]), *share))
         if not curves:

@@ -6,15 +6,15 @@ from pathlib import Path
 import accuracy
 import pytest
 import torch
-from accuracy_ablations import PLANS
+from accuracy_ablations import GROUPS, PLANS
 from accuracy_measure import Cell, load, measure, pack, ready, unpack
-from accuracy_show import readme_block
+from accuracy_page import TITLES, page, readme_block
 
 from readers import tasks
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = 24  # items of each row that are answered again
-METHODS = ("unpatched", "illava", "FastV")
+METHODS = ("unpatched", "illava", "illava later", "FastV")
 
 
 def committed():
@@ -66,6 +66,12 @@ def test_rows_hold_what_their_bits_say():
 def test_the_readme_has_the_tables_of_the_csv():
     rows = list(accuracy.done(accuracy.RESULTS / "accuracy.csv").values())
     assert readme_block(rows) in (ROOT / "README.md").read_text(), "run accuracy.py --show --readme"
+
+
+def test_the_page_has_every_table_of_the_csv():
+    rows = list(accuracy.done(accuracy.RESULTS / "accuracy.csv").values())
+    assert page(rows) == (ROOT / "docs/accuracy.md").read_text(), "run accuracy.py --show --readme"
+    assert set(TITLES) == set(GROUPS)
 
 
 def test_packing_and_going_on(tmp_path):

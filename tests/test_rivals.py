@@ -21,7 +21,7 @@ from zoo.common import Image
 
 FAMILIES = ("qwen2_5_vl", "internvl")
 PATCHING = [name for name, rival in RIVALS.items() if rival.plan_of is not None]
-EXACT = [name for name in PATCHING if name not in ("illava", "illava paper", "random")]
+EXACT = [name for name in PATCHING if name not in ("illava", "illava paper", "illava later", "random")]
 ONE = {"qwen2_5_vl": [[5, Image(140, 168, 1), 7]], "internvl": [[4, Image(100, 90, 3), 6]]}
 each_family = pytest.mark.parametrize("family", FAMILIES)
 each_patching = pytest.mark.parametrize("name", PATCHING)
@@ -192,7 +192,7 @@ def test_generating_goes_on_from_what_is_left(family, name):
 def test_the_table():
     first = ["unpatched", "random", "smaller picture", "average pooling", "FastV", "PyramidDrop", "SparseVLM"]
     then = ["VisionZip", "FasterVLM", "DivPrune", "LLaVA-PruMerge+", "ToMe", "AIM", "FEATHER"]
-    assert list(RIVALS) == [*first, *then, "illava", "illava paper"]
+    assert list(RIVALS) == [*first, *then, "illava", "illava paper", "illava later"]
     assert list(ABSENT) == ["AdaFV"]
     assert all(rival.source and rival.stages for rival in RIVALS.values())
 

@@ -19,6 +19,10 @@ TITLES = {"qwen2_5_vl": "Qwen2.5-VL", "internvl": "InternVL"}
 UNFINISHED = """
 **Its training is not finished**: some of the tasks below are still at chance, and say nothing about merging.
 """
+WEAK_BELOW = 0.8
+WEAK = """
+**What it has not learnt** (under {below:.0%} right below): {weak}. What a method keeps of those says little.
+"""
 CARD = """\
 # A small {title} that sees
 
@@ -74,11 +78,15 @@ def write(folder: Path) -> None:
     asked = int(noted.pop("steps asked for"))
     facts = {"steps": f"{int(last['step']):,} of {asked:,}", "hours": last["hours"], **noted}
     unfinished = int(last["step"]) < asked
+    weak = [name for name in tasks if float(last[name]) < WEAK_BELOW]
+    state = UNFINISHED if unfinished else ""
+    if weak:
+        state += WEAK.format(below=WEAK_BELOW, weak=", ".join(weak))
     card = CARD.format(
         title=TITLES[config["model_type"]],
         kind=config["architectures"][0],
         name=folder.name,
-        state=UNFINISHED if unfinished else "",
+        state=state,
         millions=facts.pop("parameters") / 1e6,
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
         scores="\n".join(f"| {name} | {100 * float(last[name]):.1f} % |" for name in tasks),

@@ -49,6 +49,7 @@ RIVALS: dict[str, Rival] = {
         feather.RIVAL,
         ours.ILLAVA,
         ours.PAPER,
+        ours.LATER,
     )
 }
 ABSENT: dict[str, str] = {"AdaFV": adafv.REASON}

@@ -1,7 +1,11 @@
 """What illava runs, loads and depends on: nothing that came as data is ever run."""
 
 import ast
+import json
 import re
+import socket
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -22,6 +26,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 UNPICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 OUTWARD = {"urllib", "http", "socket", "requests", "httpx", "aiohttp", "huggingface_hub", "ftplib"}
+OSV = "api.osv.dev"
 PROCESSES = {"subprocess", "os.system", "os.popen", "pty"}
 
 
@@ -133,3 +138,24 @@ def test_licences_of_everything_that_comes_along():
     others = {name: licence(name) for name in names if not re.search(FREE, licence(name), re.IGNORECASE)}
     unknown = {name: said for name, said in others.items() if not name.startswith(("nvidia-", "cuda-"))}
     assert not unknown, "not known to be free: look, and say so here"
+
+
+@pytest.mark.slow
+@pytest.mark.claim(
+    "Supply", "known vulnerabilities", "works", "pip-audit finds none in what `pip install illava` brings"
+)
+def test_no_known_vulnerability(tmp_path):
+    """Asks osv.dev, the only test that asks anybody; where it cannot be reached, nothing is known."""
+    try:
+        socket.create_connection((OSV, 443), timeout=5).close()
+    except OSError as error:
+        pytest.skip(f"pip-audit's data at {OSV} cannot be reached from here ({type(error).__name__})")
+    asked = tmp_path / "requirements.txt"
+    versions = {name: Version(metadata.version(name)).public for name in closure(PROJECT["dependencies"])}
+    asked.write_text("".join(f"{name}=={version}\n" for name, version in versions.items()))
+    command = ["-m", "pip_audit", "-s", "osv", "--no-deps", "--disable-pip", "-r", asked, "-f", "json"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
+    assert done.stdout, done.stderr
+    audited = {row["name"]: row for row in json.loads(done.stdout)["dependencies"]}
+    assert {"torch", "transformers"} <= audited.keys()
+    assert {name: row["vulns"] for name, row in audited.items() if row.get("vulns")} == {}

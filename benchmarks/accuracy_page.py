@@ -1,0 +1,90 @@
+"""What accuracy.py measured, as Markdown: the README's tables, and all of them as docs/accuracy.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from accuracy_ablations import GROUPS
+from accuracy_show import Row, lines
+
+BEGIN, END = "<!-- accuracy tables -->", "<!-- end of accuracy tables -->"
+INTRO = """\
+# Do answers stay the same
+
+Made by `python benchmarks/accuracy.py --show --readme` from
+[what was measured](../benchmarks/results/accuracy.csv); do not edit it.
+
+The models are the readers of [`checkpoints/`](../checkpoints): small genuine models of the families named,
+trained on drawn pictures. What they show is whether a way of dropping tokens keeps what such an architecture
+needs for its answers, not how large a model's scores are. `kept` is the mean over the tasks of accuracy over
+unpatched accuracy, with its 95 % interval (bootstrap over items); `compute` is the area under visual tokens x
+layers, of the unpatched model's. Each method is a short file in
+[`benchmarks/rivals`](../benchmarks/rivals) that names its source.
+"""
+# Titles of the ablations' groups, and the paper's tables they answer to.
+TITLES = {
+    "where": "Encoder, language model, or both (table 4)",
+    "rule": "Merging rule (table 5; tables 4 and 7 of the first version)",
+    "encoder share": "Share of the removed tokens that the encoder removes (figure 6)",
+    "layers": "Which layers",
+    "recycled": "Recycled tokens, as a share of those kept (P^c)",
+    "members": "Tokens merged into each recycled one (M)",
+    "score": "Score",
+    "queries": "Whose attention counts in the language model",
+}
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table for each reader, split, budget and reduction."""
+    parts = []
+    for title, header, body in lines(rows):
+        parts += [f"**{title}**", ""]
+        parts += [f"| {' | '.join(header)} |", "|---" + "|---:" * (len(header) - 1) + "|"]
+        parts += [f"| {' | '.join(cells)} |" for cells in body] + [""]
+    return "\n".join(parts)
+
+
+def measured_with(rows: Sequence[Row]) -> str:
+    """Items, versions and device, in a sentence."""
+    counts = {int(row["items"]) for row in rows if not row["note"]}
+    versions = {f"torch {row['torch']}, transformers {row['transformers']}, {row['device']}" for row in rows}
+    items = f"{min(counts):,}" if len(counts) == 1 else f"{min(counts):,} to {max(counts):,}"
+    return f"{items} items a task, ± half of the 95 % interval; {'; '.join(sorted(versions))}."
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What could not be measured, and why."""
+    return sorted({f"- {row['method']}: {row['note']}" for row in rows if row["note"]})
+
+
+def readme_block(rows: Sequence[Row]) -> str:
+    """What stands between the README's markers, both included: the test split at equal final tokens."""
+    shown = [row for row in rows if row["split"] == "test" and row["budget"] == "tokens"]
+    if not shown:
+        return "\n".join([BEGIN, "Not measured yet.", END])
+    said = notes(shown)
+    parts = [BEGIN, measured_with(shown), "", markdown(shown).rstrip(), *(["", *said] if said else []), END]
+    return "\n".join(parts)
+
+
+def page(rows: Sequence[Row]) -> str:
+    """docs/accuracy.md: the test split at both budgets, then the ablations on the validation split."""
+    test = [row for row in rows if row["split"] == "test"]
+    validation = [row for row in rows if row["split"] == "validation"]
+    parts = [INTRO]
+    if test:
+        parts += ["## Methods", "", measured_with(test), "", markdown(test)]
+        parts += [*notes(test), ""] if notes(test) else []
+    if validation:
+        parts += [
+            "## Ablations",
+            "",
+            f"The validation split, on which plans are chosen. {measured_with(validation)}",
+            "",
+        ]
+    for group, plans in GROUPS.items():
+        own = [row for row in validation if row["method"] in plans]
+        if own:
+            beside = [r for r in validation if r["method"] in ("unpatched", "illava", "illava paper")]
+            parts += [f"### {TITLES[group]}", "", markdown([*beside, *own])]
+    return "\n".join(parts).rstrip() + "\n"
