@@ -110,14 +110,13 @@ def _picture(file: Path, limits: Limits) -> Picture:
     try:
         with file.open("rb") as opened, pil.open(opened, formats=PICTURE_FORMATS) as image:
             if image.width * image.height > limits.pixels:
-                raise UploadError(
-                    f"{file.name} has {image.width} x {image.height} pixels; bring pictures of at most "
-                    f"{limits.pixels // 10**6} million"
-                )
+                raise _too_large(file, f"{image.width} x {image.height}", limits)
             image.draft("RGB", (limits.picture_side, limits.picture_side))  # JPEG decodes smaller at once
             upright = ops.exif_transpose(image).convert("RGB")
     except UploadError:
         raise
+    except pil.DecompressionBombError as error:  # PIL's own bound, above ours
+        raise _too_large(file, "far too many", limits) from error
     except Exception as error:  # what a broken file raises is up to each of PIL's readers
         raise UploadError(
             f"{file.name} is no picture or video that can be read here, or it is broken; bring "
@@ -125,6 +124,11 @@ def _picture(file: Path, limits: Limits) -> Picture:
         ) from error
     upright.thumbnail((limits.picture_side, limits.picture_side))
     return Picture(file.name, upright)
+
+
+def _too_large(file: Path, pixels: str, limits: Limits) -> UploadError:
+    most = limits.pixels // 10**6
+    return UploadError(f"{file.name} has {pixels} pixels; bring pictures of at most {most} million")
 
 
 def _clip(file: Path, container: str, limits: Limits) -> Clip:

@@ -96,7 +96,7 @@ def draw_page(handlers: Handlers) -> gr.Blocks:
                 )  # fmt: skip
                 stairs = gr.HTML(elem_id="stairs", padding=False)
                 importance = gr.Checkbox(
-                    label="show the attention that merges ranked tokens by", visible=False,
+                    label="show what merges ranked the tokens by", visible=False,
                     elem_id="importance", container=False,
                 )  # fmt: skip
             with gr.Column(scale=5, min_width=320):

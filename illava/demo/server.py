@@ -22,6 +22,7 @@ class Server:
     Attributes:
         url: where it is.
         uploads: the folder that holds what open tabs have uploaded; gone when the page is closed.
+        sessions, handlers: what it knows of each tab, and what answers to what is done there.
     """
 
     def __init__(self, asker: Any, *, host: str, port: int, limits: Any = None) -> None:
@@ -43,7 +44,8 @@ class Server:
         gradio.set_static_paths([FOLDER])  # served where they lie, not copied among the uploads
         self.sessions = Sessions(self.uploads, FOLDER, limits)
         self._end.callback(asker.close)
-        page = draw_page(Handlers(asker, self.sessions, limits))
+        self.handlers = Handlers(asker, self.sessions, limits)
+        page = draw_page(self.handlers)
         page.queue(max_size=limits.waiting, api_open=False)
         self._end.callback(page.close, verbose=False)
         try:
