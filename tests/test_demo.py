@@ -50,7 +50,10 @@ def test_only_this_machine_may_come_unless_told_otherwise():
 def png_of(width: int, height: int) -> bytes:
     """The head of a PNG that says it is so large, and little else."""
     head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+    chunks = ((13, head), (0, b"IDAT"))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", length) + chunk + struct.pack(">I", zlib.crc32(chunk)) for length, chunk in chunks
+    )
 
 
 def test_examples_are_pictures_and_a_clip_within_the_limits():

@@ -89,7 +89,7 @@ def draw_page(handlers: Handlers) -> gr.Blocks:
             )
         verdict = gr.HTML(elem_id="verdict", padding=False)
         with gr.Row(equal_height=False):
-            with gr.Column(scale=4, min_width=320):
+            with gr.Column(scale=4, min_width=320, elem_id="through"):
                 merge = gr.Slider(
                     0, 1, 0, step=1, label="merge by merge", visible=False, elem_id="merge",
                     info="0 is the picture as it came; each step is one merging layer",

@@ -32,7 +32,7 @@ SAMPLES = (
     Sample(("pink.jpg",), "which digit is pink ?"),
     Sample(
         ("several_1.jpg", "several_2.jpg", "several_3.jpg", "several_4.jpg"),
-        "in which picture is the cyan digit ?",
+        "in which picture is the green digit ?",
     ),
     Sample(("clip.mp4",), "in which order did the digits appear ?"),
 )
