@@ -8,7 +8,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 MOST_BYTES = 400_000
 # What the last cells of each put out.
-LAST = {"quickstart": "image/png", "choose_a_plan": '"reduction": '}
+LAST = {"quickstart": "image/jpeg", "choose_a_plan": '"reduction": '}
 
 nbformat = pytest.importorskip(
     "nbformat", reason='notebooks are read with nbformat: pip install "illava[test]"'
