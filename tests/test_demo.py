@@ -7,6 +7,7 @@ import os
 import struct
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 import uuid
@@ -21,11 +22,12 @@ from typer.testing import CliRunner
 
 import illava.demo
 from illava.cli import app
-from illava.demo import media
+from illava.demo import asking, media
 from illava.demo.media import Clip, Limits, Picture
 from illava.demo.samples import FOLDER, SAMPLES
 from illava.demo.sessions import Sessions
 from illava.errors import DemoError, MissingExtraError, UploadError
+from illava.plan import Plan
 
 # ---------------------------------------------------------------- without Gradio
 
@@ -296,6 +298,21 @@ def test_a_closed_tab_ends_its_answer(server, tab):
     assert session.stop.is_set()
     assert last(list(answers), "patched").count("not asked") == 1
     assert tab.session_hash not in server.sessions
+
+
+def test_closing_does_not_wait_for_a_long_answer(server, monkeypatch):
+    own = server.handlers.asker
+    asker = asking.Asker(own.model, own.processor, own.name)
+    monkeypatch.setattr(own.model.generation_config, "eos_token_id", None)
+    put = asking._Tap.put
+    monkeypatch.setattr(asking._Tap, "put", lambda tap, value: (time.sleep(0.05), put(tap, value)))
+    prompt = asking.Prompt([media.read(FOLDER / "white.jpg", Limits())], SAMPLES[0].question)
+    answers = asker.ask(prompt, Plan(), answer_tokens=1_000, stop=threading.Event())  # fifty seconds
+    next(answers)
+    begun = time.monotonic()
+    asker.close()
+    assert time.monotonic() - begun < 10
+    assert next(x for x in answers if x.done).report is None
 
 
 def post(server, path, body, **headers):

@@ -71,6 +71,7 @@ class Asker:
     def __init__(self, model: Any, processor: Any, name: str) -> None:
         self.model, self.processor, self.name = model, processor, name
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="illava-demo")
+        self._closing = threading.Event()
         with patch(model) as handle:
             self.default = handle.plan
 
@@ -81,7 +82,8 @@ class Asker:
                 pass
 
     def close(self) -> None:
-        """Answer nothing any more."""
+        """Answer nothing any more; what is under way ends after its next token."""
+        self._closing.set()
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def ask(
@@ -127,7 +129,7 @@ class Asker:
                     torch.cuda.reset_peak_memory_stats()
                     before = torch.cuda.memory_allocated()
                 tap = _Tap(self.processor.tokenizer, said)
-                stopping = StoppingCriteriaList([_Stopped(stop)])
+                stopping = StoppingCriteriaList([_Stopped(stop, self._closing)])
                 output = self._generate(inputs, answer_tokens, streamer=tap, stopping_criteria=stopping)
             answer = replace(
                 tap.answer,
@@ -135,7 +137,7 @@ class Asker:
                 peak_bytes=torch.cuda.max_memory_allocated() - before if on_cuda else None,
             )
             del output
-            if plan is not None and not stop.is_set():
+            if plan is not None and not (stop.is_set() or self._closing.is_set()):
                 # Again, for where tokens went: writing that down takes time, which the answer is spared.
                 with patch(self.model, plan=plan, trace=True) as handle:
                     self._generate(inputs, 1)
@@ -229,8 +231,9 @@ class _Tap(TextStreamer):
 class _Stopped(StoppingCriteria):
     """Ends an answer nobody waits for any more."""
 
-    def __init__(self, stop: threading.Event) -> None:
-        self._stop = stop
+    def __init__(self, *stops: threading.Event) -> None:
+        self._stops = stops
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        return torch.full((len(input_ids),), self._stop.is_set(), device=input_ids.device)
+        stopped = any(stop.is_set() for stop in self._stops)
+        return torch.full((len(input_ids),), stopped, device=input_ids.device)
