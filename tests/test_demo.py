@@ -331,10 +331,10 @@ def upload(server, content: bytes):
     return post(server, "gradio_api/upload", body, **{"Content-Type": "multipart/form-data; boundary=x"})
 
 
-def announce(server, length: str | None):
-    """What the page says to the head of an upload, before any of it has come."""
+def announce(server, length: str | None, path: str = "upload"):
+    """What the page says to the head of a request, before any of it has come."""
     connection = http.client.HTTPConnection(server.url.split("/")[2], timeout=30)
-    connection.putrequest("POST", "/gradio_api/upload")
+    connection.putrequest("POST", f"/gradio_api/{path}")
     if length is not None:
         connection.putheader("Content-Length", length)
     connection.endheaders()
@@ -349,7 +349,10 @@ def test_uploads_are_bounded_one_by_one_and_together(server, monkeypatch):
     assert upload(server, b"x" * 100_001)[0] == 413  # Gradio's own, of a file
     limits = server.handlers.limits
     assert announce(server, str(limits.request_bytes + 1)) == (413, "bring at most 1 MiB at once")
-    assert announce(server, None) == (411, "an upload has to say how long it is")
+    assert announce(server, str(2**20 + 1), "queue/join") == (413, "bring at most 1 MiB at once")
+    for path in ("component_server", "process_recording", "run/ask", "call/ask"):  # Gradio's, not the page's
+        assert announce(server, "10", path) == (404, "nothing is posted here")
+    assert announce(server, None) == (411, "what is sent has to say how long it is")
     (server.uploads / "others").write_bytes(b"x" * limits.folder_bytes)
     status, said = upload(server, b"small")
     assert status == 507

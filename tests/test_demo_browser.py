@@ -232,6 +232,21 @@ def test_both_answers_stream(open_tab, gate):
     assert tab.inner_text("#patched .said") == "zero two six"
 
 
+def test_stop_ends_the_answer_under_way(open_tab, gate):
+    tab = open_tab()
+    pick(tab, VIDEO)
+    tab.click("#ask")
+    gate.release(2)
+    said(tab, "unpatched", "zero")
+    with tab.expect_response("**/run/predict") as told:
+        tab.click("#stop")
+    assert told.value.ok
+    gate.open()
+    said(tab, "patched", "not asked")
+    assert tab.inner_text("#unpatched .said") == "zero two"  # after the token that was being made
+    assert not tab.locator(".verdict").count()
+
+
 def test_the_merge_slider_changes_the_overlay(open_tab, pictures):
     tab = open_tab()
     upload(tab, pictures["green"])
