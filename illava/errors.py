@@ -57,3 +57,11 @@ class OutOfMemoryError(IllavaError, MemoryError):
 
 class PictureError(IllavaError, ValueError):
     """Pictures to draw that are not those of the report, or a report with nothing to draw."""
+
+
+class UploadError(IllavaError, ValueError):
+    """An uploaded file that the web page does not take: no picture or video, or too large."""
+
+
+class DemoError(IllavaError, RuntimeError):
+    """The web page cannot do what it is asked: no model there, a busy port, nothing to ask about."""

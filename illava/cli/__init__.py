@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import illava
-from illava.cli import bench, fidelity, models, plan, run
+from illava.cli import bench, demo, fidelity, models, plan, run
 from illava.cli.options import spread
 
 app = typer.Typer(
@@ -37,7 +37,7 @@ app = typer.Typer(
     status: 0 done, 1 an error that is explained, 2 a wrong command line, 3 no plan reaches what was asked
     for, 130 stopped with Ctrl-C (what was finished is kept and shown).""",
 )
-for command in (run, bench, fidelity, plan, models):
+for command in (run, bench, fidelity, plan, demo, models):
     app.command(name=command.__name__.rsplit(".", 1)[-1])(command.command)
 
 

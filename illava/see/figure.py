@@ -71,11 +71,12 @@ class _Page:
             y -= head + height
             self._row(row, y, height)
             y -= caption + GAP
-        handles, labels = zip(*legend, strict=True)
-        self.figure.legend(
-            handles, labels, loc="lower center", ncols=-(-len(legend) // lines), frameon=False,
-            fontsize=SMALL, handlelength=1.6, handleheight=1.2, columnspacing=1.6, borderaxespad=0.3,
-        )  # fmt: skip
+        if legend:
+            handles, labels = zip(*legend, strict=True)
+            self.figure.legend(
+                handles, labels, loc="lower center", ncols=-(-len(legend) // lines), frameon=False,
+                fontsize=SMALL, handlelength=1.6, handleheight=1.2, columnspacing=1.6, borderaxespad=0.3,
+            )  # fmt: skip
 
     def _row(self, row: Row, y: float, height: float) -> None:
         self._write(

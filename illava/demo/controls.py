@@ -1,0 +1,107 @@
+"""What a user may set: how much to merge, where, and by which rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from illava.plan import Plan
+from illava.schedule import ModelPlan
+
+RULES = {
+    "recycle: recycled tokens take in dropped ones (default)": "recycle",
+    "prune: drop the rest": "prune",
+    "linear: the paper's first version": "linear",
+}
+SCORES = {"attention received (default)": "attention", "log-sum-exp, as the paper's release": "lse"}
+QUERIES = {
+    "the later text (default)": "text",
+    "all tokens": "all",
+    "visual tokens": "visual",
+    "the last token": "last",
+}
+WINDOWS = {"within their window (default)": "window", "over the whole picture": "picture"}
+REDUCTION = 77.8  # per cent, the middle one of the paper's three
+
+
+@dataclass(frozen=True)
+class Controls:
+    """The components that say a plan, in the order `plan_of` takes their values."""
+
+    reduction: gr.Slider
+    encoder_share: gr.Slider
+    vit_layers: gr.Dropdown
+    llm_layers: gr.Dropdown
+    rule: gr.Dropdown
+    score: gr.Dropdown
+    queries: gr.Dropdown
+    windows: gr.Dropdown
+
+    @property
+    def all(self) -> list[Any]:
+        """All of them."""
+        return list(vars(self).values())
+
+
+def draw_controls(default: ModelPlan) -> Controls:
+    """The components, set to a model's default plan."""
+    reduction = gr.Slider(
+        0, 95, REDUCTION, step=0.1, label="reduction, %", elem_id="reduction",
+        info="share of the visual tokens gone after the last merge; the paper's: 66.7, 77.8, 88.9",
+    )  # fmt: skip
+    share = gr.Slider(
+        0, 100, 100 * default.settings.encoder_share, step=1, label="encoder share, %",
+        elem_id="encoder-share",
+        info="how much of that the vision encoder removes; the language model removes the rest",
+    )  # fmt: skip
+    with gr.Accordion("layers and rules", open=False):
+        vit = _layers("encoder blocks that merge", default.vit_layers, default.vit_depth)
+        llm = _layers("decoder layers that merge", default.llm_layers, default.llm_depth)
+        with gr.Row():
+            rule = _choice("merging rule", RULES)
+            score = _choice("tokens are ranked by", SCORES)
+        with gr.Row():
+            queries = _choice("in the decoder, attention of", QUERIES)
+            windows = _choice("in the encoder's windows, ranked", WINDOWS)
+    return Controls(reduction, share, vit, llm, rule, score, queries, windows)
+
+
+def _layers(label: str, chosen: Sequence[int], depth: int) -> gr.Dropdown:
+    inside = [layer for layer in chosen if 0 <= layer < depth]
+    return gr.Dropdown(
+        [(str(layer), layer) for layer in range(depth)], value=inside, multiselect=True, label=label
+    )
+
+
+def _choice(label: str, choices: dict[str, str]) -> gr.Dropdown:
+    return gr.Dropdown(list(choices.items()), value=next(iter(choices.values())), label=label)
+
+
+def plan_of(
+    reduction: float,
+    encoder_share: float,
+    vit_layers: Sequence[int] | None,
+    llm_layers: Sequence[int] | None,
+    rule: Any,
+    score: Any,
+    queries: Any,
+    windows: Any,
+) -> Plan:
+    """The plan the controls say.
+
+    Raises:
+        PlanError: values that are no plan.
+    """
+    return Plan(
+        vit_layers=tuple(vit_layers or ()),
+        llm_layers=tuple(llm_layers or ()),
+        reduction=reduction / 100,
+        encoder_share=encoder_share / 100,
+        merge=rule,
+        score=score,
+        queries=queries,
+        window_score=windows,
+    )
