@@ -62,7 +62,7 @@ def refuse_router_logits(wanted: bool) -> None:
     if wanted:
         raise UnsupportedInputError(
             "output_router_logits=True: the load-balancing loss counts every token in every layer, and "
-            "merged tokens pass no router any more; leave it out, or remove the patch while that loss is needed"
+            "merged tokens pass no router any more; leave it out, or remove the patch first"
         )
 
 
