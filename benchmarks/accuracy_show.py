@@ -114,8 +114,8 @@ def plots(rows: Sequence[Row], stem: Path) -> None:
                 share = kept([found[t] for t in asked if t in found], [base[t] for t in asked])
                 if share and float(key[3]) > 0:
                     curves.setdefault(method, []).append((float(key[3]), *share))
-        if not curves:
-            continue
+        if max((len(points) for points in curves.values()), default=0) < 2:
+            continue  # one reduction alone makes no curve
         figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
         best = sorted(curves.items(), key=lambda x: -x[1][-1][1])
         for (method, points), marker in zip(best, "osv^<>DPX*hdp+x1234|_" * 3, strict=False):

@@ -231,7 +231,7 @@ def test_an_unpatched_model_that_does_not_fit_leaves_ratios_out():
 
 def test_a_case_stops_at_its_time_limit():
     (case,) = all_cases(["qwen2.5-vl-7b"], ["sdpa"], ["picture"], [64], [1], 1, 1)
-    settings = Settings("cpu", torch.float32, "quick", 16, 10_000, 1, 0, 1, 3.0)
+    settings = Settings("cpu", torch.float32, "quick", 16, 10_000, 1, 0, 1, 8.0)
     _, (trial,) = run_case(case, [Arm(OURS, 0.5)], Models(settings), settings, lambda what: None)
     assert trial.status == OK
     assert 0 < len(trial.prefills) < 10_000
