@@ -287,6 +287,22 @@ def test_provenance_through_the_resampler(model, processor, monkeypatch, plan, s
         one_hot.account(picture)
 
 
+def test_its_pictures_are_drawn(model, processor, monkeypatch):
+    """Slices in their places; what a resampler's tokens read as brightness, since they stand nowhere."""
+    row = ROWS["several pictures"]
+    monkeypatch.setattr("illava.see.figure.image", lambda made: made)
+    with illava.patch(model, trace=True, **LAYERS | PLANS["deep"]) as handle:
+        logits_of(model, prompt(processor, row))
+        merges = [step.stage for step in handle.report.provenance[0].merges]
+        made = illava.visualize(handle.report, [x.pil() for x in row if isinstance(x, Image)])
+    names = [text.get_text() for text in made.texts if text.get_text().startswith("picture ")]
+    assert {name[:9] for name in names} == {"picture 1", "picture 2", "picture 3"}
+    assert len(made.axes) == len(names) * (1 + len(merges))
+    legend = [text.get_text() for text in made.legends[0].get_texts()]
+    assert legend[0] == "informative: kept"
+    assert legend[-1] == "brighter: tokens read more of it"
+
+
 # ---------------------------------------------------------------- several encoder calls
 
 

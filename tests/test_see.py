@@ -278,7 +278,7 @@ def test_each_row_of_a_batch_has_its_own_pictures(family, drawn):
         assert left == sum(p.layers[0].tokens_out for p in report.pictures if p.row == row)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl", "minicpmv4_6"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llava_onevision"])
 def test_several_pictures_are_rows(family, drawn):
     report, pictures = seen(family, "several pictures")
     names = [text for text in words(drawn(report, pictures, merges=0)) if text.startswith("picture ")]
