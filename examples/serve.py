@@ -326,8 +326,10 @@ def main() -> None:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("model", help="folder of a checkpoint, or a name on the hub")
-    parser.add_argument("--reduction", type=float, default=0.667, help="share of the visual tokens to remove")
-    parser.add_argument("--plan", help="paper, release, or a file with a plan's JSON")
+    parser.add_argument("--reduction", type=float, help="share of the visual tokens to remove")
+    parser.add_argument(
+        "--plan", help="paper, release, or a file with a plan's JSON, as `illava plan` writes"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where")
     parser.add_argument("--dtype", default="auto", help="of the weights")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
@@ -335,8 +337,8 @@ def main() -> None:
     parser.add_argument("--queue", type=int, default=8, help="requests that may wait")
     parser.add_argument("--max-tokens", type=int, default=1024, help="longest answer")
     options = parser.parse_args()
-    said = {} if options.plan is None else {"plan": options.plan}
-    plan = plan_from_arguments(said | {"reduction": options.reduction})
+    said = {"plan": options.plan, "reduction": options.reduction}
+    plan = plan_from_arguments({name: value for name, value in said.items() if value is not None})
     answerer = Answerer.load(options.model, plan, device=options.device, dtype=options.dtype)
     service = Service(answerer, options.model, options.queue, options.max_tokens)
     uvicorn.run(application(service), host=options.host, port=options.port)

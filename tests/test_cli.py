@@ -1,4 +1,4 @@
-"""What `illava` says to bad input: a sentence with the value, the reason and the remedy, and an exit status."""
+"""What `illava` says to bad input: a sentence with the value, the reason, the remedy, and an exit status."""
 
 import json
 import re
@@ -18,9 +18,11 @@ import tiny_checkpoint
 from illava import families
 from illava.cli import app, console
 from illava.cli.options import plan_of, plans_of, spread
-from illava.evaluate.plan_search import describe
+from illava.evaluate.found import describe
+from questions import write_questions
 
 ROOT = Path(__file__).parent.parent
+READER = ROOT / "checkpoints" / "qwen2_5_vl"
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +164,7 @@ def test_command_lines_that_make_no_sense(checkpoint, picture, illava_says):
         (["plan", checkpoint, "--data", picture], "exactly one of --min-agreement"),
         (["bench"], "Missing argument"),
         (["fidelity", checkpoint], "Missing option '--data'"),
-        (["bench", checkpoint, "--rounds", 0], "is not in the range"),
+        (["bench", checkpoint, "--rounds", 0], "Invalid value for '--rounds'"),
     ):
         status, said, error = illava_says(*arguments)
         assert (status, said) == (2, ""), arguments
@@ -219,6 +221,26 @@ def test_without_its_extra_a_plot_is_a_note(checkpoint, illava_says, monkeypatch
     assert 'pip install "illava[evaluate]"' in error
 
 
+@pytest.mark.slow
+def test_an_answer_comes_piece_by_piece(illava_says, tmp_path, monkeypatch):
+    (line, *_) = map(json.loads, write_questions(tmp_path, ("video",), 1).read_text().splitlines())
+    pieces = []
+    show = console.out.print
+
+    def hear(*said, **how):
+        pieces.append(said)
+        show(*said, **how)
+
+    monkeypatch.setattr(console.out, "print", hear)
+    asked = ["--video", tmp_path / line["video"], "--prompt", line["prompt"], "--reduction", 0]
+    status, said, error = illava_says("run", READER, *asked)
+    assert (status, said) == (0, line["answer"] + "\n")
+    words = line["answer"].split()
+    assert len(words) == 3
+    assert [piece[0].strip() for piece in pieces if piece and piece[0]] == words
+    assert "nothing was merged" in error
+
+
 # Options ----------------------------------------------------------------------------------------
 
 
@@ -247,7 +269,14 @@ def test_options_say_a_plan(tmp_path):
     assert list(plans_of(None, None, None, None, [file])) == [str(file)]
 
 
-@pytest.mark.parametrize("plan", [illava.Plan(), illava.Plan.release(), illava.Plan((3,), ("input",), score="lse", llm_shares=(0.2,), vit_shares=(0.5,))])  # fmt: skip
+@pytest.mark.parametrize(
+    "plan",
+    [
+        illava.Plan(),
+        illava.Plan.release(),
+        illava.Plan((3,), ("input",), score="lse", llm_shares=(0.2,), vit_shares=(0.5,)),
+    ],
+)
 def test_a_plan_is_described_as_python(plan):
     assert eval(describe(plan), {"illava": illava}) == plan
 
@@ -263,7 +292,7 @@ def test_models_are_those_of_the_readme(illava_says):
     models = json.loads(said)["models"]
     assert set(models) == set(illava.supported_models())
     for name, about in models.items():
-        (row,) = [row for row in rows if f"`{name}`" in row]
+        (row,) = [row for row in rows if f"`{name}`" in row.split("|")[2]]
         cells = [cell.strip().replace("`", "") for cell in row.strip("| ").split("|")]
         assert cells[2:] == [about["merge_unit"], about["encoder_blocks"], about["decoder_layers"]], name
         supported = (ROOT / "tests/support" / f"{about['transformers'][-1]}.csv").read_text()

@@ -203,3 +203,23 @@ def test_the_command_says_what_is_wrong(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["serve.py", str(tmp_path), "--reduction", "2"])
     with pytest.raises(illava.PlanError, match="reduction"):
         serve.main()
+
+
+@pytest.mark.parametrize(
+    ("options", "plan"),
+    [
+        ([], Plan()),
+        (["--reduction", "0.5"], Plan(reduction=0.5)),
+        (["--plan", "plan.json"], Plan((3,), (2,), 0.889)),
+        (["--plan", "plan.json", "--reduction", "0.5"], Plan((3,), (2,), 0.5)),
+    ],
+)
+def test_the_command_serves_the_plan_that_is_asked_for(options, plan, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plan.json").write_text(Plan((3,), (2,), 0.889).to_json())
+    loaded = []
+    monkeypatch.setattr(serve.Answerer, "load", lambda model, plan, **_: loaded.append(plan))
+    monkeypatch.setattr(serve.uvicorn, "run", lambda *_, **__: None)
+    monkeypatch.setattr("sys.argv", ["serve.py", "model", *options])
+    serve.main()
+    assert loaded == [plan]

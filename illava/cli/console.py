@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,8 +19,8 @@ from rich.progress import (
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
+from rich.table import Column
 
 from illava.errors import IllavaError, NoPlanError
 
@@ -39,7 +40,10 @@ def finishing(kept: str = "") -> Iterator[None]:
         kept: said after Ctrl-C: where to find what was finished.
     """
     try:
-        _quiet_libraries()
+        with busy("starting"):
+            import torch  # noqa: F401  # takes seconds, wherever it comes first
+
+            _quiet_libraries()
         yield
     except IllavaError as error:
         _fail(error, str(error), NOT_REACHED if isinstance(error, NoPlanError) else FAILED)
@@ -95,21 +99,32 @@ def busy(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def bar(what: str, total: int | None) -> Iterator[Callable[[str], None]]:
+def bar(what: str, total: int) -> Iterator[Callable[[str], None]]:
     """A progress bar on stderr; the yielded function is called before each step, and says what it is."""
-    columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(
-        *(columns if total is not None else columns[:2] + columns[4:5]), console=notes, transient=True
-    ) as shown:
-        task = shown.add_task(what, total=total)
-        begun = False
+    done = 0
+    with stages(what) as show:
+        show(what, 0, total)
 
         def step(now: str) -> None:
-            nonlocal begun
-            shown.update(task, description=now, advance=1 if begun else 0)
-            begun = True
+            nonlocal done
+            show(now, done, total)
+            done += 1
 
         yield step
+
+
+@contextmanager
+def stages(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr that begins anew with each stage of a longer work; the yielded function is
+    told what is being done, and how many of how many steps are done."""
+    columns = (
+        SpinnerColumn(), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+    )  # fmt: skip
+    with Progress(*columns, console=notes, transient=True) as shown:
+        task = shown.add_task(what, total=None)
+
+        def show(now: str, done: int, total: int) -> None:
+            shown.update(task, description=escape(now), completed=done, total=total)
+
+        yield show

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from illava.cli import options as o
-from illava.cli.console import bar, busy, finishing, notes, out, print_json, stopped
+from illava.cli.console import busy, finishing, notes, out, print_json, stages, stopped
 
 _HELP = """Find the plan for your model, your data and your patience.
 
@@ -61,8 +61,9 @@ def command(
     with finishing():
         from illava.cli.data import readable_items
         from illava.cli.tables import plan_table
+        from illava.evaluate.found import describe
         from illava.evaluate.loading import load
-        from illava.evaluate.plan_search import check_target, describe, find_plan
+        from illava.evaluate.plan_search import check_target, find_plan
 
         target: dict[str, Any] = {
             "min_agreement": min_agreement,
@@ -73,7 +74,7 @@ def command(
         items = readable_items(data, prompt, limit, frames)
         with busy(f"loading {model}"):
             loaded = load(model, device=device, dtype=dtype, attn=attn)
-        with bar("searching", None) as step:
+        with stages("searching") as step:
             found = find_plan(
                 loaded, items, **target, max_new_tokens=max_new_tokens, batch_size=batch_size, rounds=rounds,
                 progress=step,
@@ -82,12 +83,16 @@ def command(
         if file is not None:
             file.write_text(plan.to_json() + "\n")
         if as_json:
-            print_json(loaded.to_dict() | {"target": target, "python": describe(plan)} | found.to_dict())
+            asked = {name: value for name, value in target.items() if value is not None}
+            said = {"plan": plan.to_dict(), "python": describe(plan)}
+            print_json(loaded.to_dict() | {"target": asked} | said | found.to_dict())
         else:
             out.print(plan_table(found))
+            if (faster := found.faster_than_default) is not None:
+                out.print(f"{faster:.2f} times faster than the default layers at equal agreement, measured")
             out.print(f"\n{describe(plan)}", markup=False, highlight=False, soft_wrap=True)
             out.print(plan.to_json(), markup=False, highlight=False, soft_wrap=True)
-        if not found.unseen:
+        if not found.unseen and not found.interrupted:
             notes.print(
                 f"few items: the {found.items} answers that chose the plan also count its agreement, which "
                 "flatters it; give 40 or more"
@@ -95,7 +100,9 @@ def command(
         if file is not None:
             notes.print(f"written to {file}", markup=False)
         if found.interrupted:
-            stopped("this is the cheapest plan that held so far, not confirmed on other data")
+            stopped(
+                "this is the best plan by then" if found.unseen else "the best by then, on data that chose it"
+            )
 
 
 command.__doc__ = _HELP

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from illava.evaluate.answers import Comparison
 from illava.evaluate.architectures import Architecture
-from illava.evaluate.plan_search import Choice, Found
+from illava.evaluate.found import BEST, DEFAULT, Choice, Found
 from illava.evaluate.quality import Fidelity
 from illava.evaluate.speed import OK, Bench, Figure
 from illava.evaluate.statistics import Estimate
@@ -119,25 +119,36 @@ def plan_table(found: Found) -> Table:
     """The plan that was found, beside the default layers and the unpatched model."""
     seen = "that had no part in the search" if found.unseen else "that it was chosen on"
     table = Table(
-        title=f"{found.tried} plans tried; agreement on {found.items} answers {seen}",
-        caption="95 % intervals in brackets", title_justify="left", caption_justify="left",
+        title=f"{found.tried} runs of plans; agreement on {found.items} answers {seen}",
+        caption="95 % intervals, and quartiles of times, in brackets; times are of one alternating run",
+        title_justify="left", caption_justify="left",
     )  # fmt: skip
-    for name in ("", "same answer", "visual tokens left", "fewer operations", "times faster, measured"):
+    for name in ("", "same answer", "visual\ntokens", "fewer\noperations", "first\ntoken", "times\nfaster"):
         table.add_column(name, justify="right" if name else "left")
     measured: dict[str, Figure] = {}
     if found.speed is not None:
         measured = {row.name: row.figures["ttft_ms"] for row in found.speed.rows if row.figures}
-    if found.default is not None:
-        table.add_row("default layers", *_choice(found.default, measured.get("default layers")))
-    table.add_row("this plan", *_choice(found.best, measured.get("this plan")))
+    table.add_row("unpatched", "100 %", f"{found.largest:,}", "1.00x", *_time(measured.get("unpatched")))
+    if found.as_strong is not None:
+        table.add_row(*_choice("default layers", found.as_strong, None))
+        if found.default is None:
+            table.add_row("default layers, fewer removed", Text("none agrees as asked for", style="yellow"))
+        else:
+            table.add_row(*_choice("default layers", found.default, measured.get(DEFAULT)))
+    table.add_row(*_choice("this plan", found.best, measured.get(BEST)), style="bold")
     return table
 
 
-def _choice(choice: Choice, time: Figure | None) -> list[str]:
+def _choice(name: str, choice: Choice, time: Figure | None) -> list[str]:
+    reduction = "" if choice.plan.reduction is None else f", {100 * choice.plan.reduction:.3g} % removed"
     return [
-        _share(choice.agreement), f"at most {choice.final_tokens:,}", f"{choice.bound:.2f}x",
-        "" if time is None else _ratio(time),
+        name + reduction, _share(choice.agreement), f"{choice.final_tokens:,}", f"{choice.bound:.2f}x",
+        *_time(time),
     ]  # fmt: skip
+
+
+def _time(figure: Figure | None) -> tuple[str, str]:
+    return ("", "") if figure is None else (f"{figure.value.value:,.0f} ms", _ratio(figure))
 
 
 def models_table(rows: Mapping[str, About], versions: Mapping[str, Any]) -> Table:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from illava.evaluate.agreement import Agreement, Held
     from illava.evaluate.answers import Answer, AnswerWork, answer, compare
+    from illava.evaluate.found import Found
     from illava.evaluate.loading import Loaded, load
-    from illava.evaluate.plan_search import Found, find_plan
+    from illava.evaluate.plan_search import find_plan
     from illava.evaluate.quality import Fidelity, FidelityWork, fidelity
     from illava.evaluate.speed import Bench, bench
     from illava.evaluate.statistics import Estimate
@@ -31,7 +32,7 @@ _HOME = {
     "Estimate": "statistics",
     "Fidelity": "quality",
     "FidelityWork": "quality",
-    "Found": "plan_search",
+    "Found": "found",
     "Held": "agreement",
     "Loaded": "loading",
     "answer": "answers",

@@ -41,7 +41,7 @@ def growth(turn, turns: int) -> Counter:
 
 
 def leaked(turn, turns: int = 12) -> dict[str, int]:
-    """What grows turn by turn. One object a turn is a leak; what comes once is somebody's cache filling up."""
+    """What grows turn by turn: an object a turn is a leak, what comes once is somebody's cache filling up."""
     left = growth(turn, turns)
     if left:
         left &= growth(turn, turns)  # the smaller of both

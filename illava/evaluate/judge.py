@@ -1,0 +1,91 @@
+"""Judges candidates on a user's data: each is run on the same items once, whoever asks again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import illava
+from illava.errors import DataError
+from illava.evaluate.found import Choice, describe
+from illava.evaluate.loading import Loaded
+from illava.evaluate.search_space import Candidate, Shown, Space
+from illava.evaluate.statistics import share
+from illava.evaluate.trials import Trials, Tried
+from illava.plan import Plan
+
+# Hears what is being tried, and how much of how many steps is done of the search's present stage.
+Progress = Callable[[str, int, int], None]
+
+
+class Judge:
+    """What is known of candidates so far.
+
+    Args:
+        loaded: an unpatched model with its processor.
+        search, confirm: the data that chooses, and the data that the choice is counted on.
+        progress: hears of every run.
+
+    Attributes:
+        space: which candidates there are.
+        largest: visual tokens of the largest prompt.
+        tried: how many runs there were.
+
+    Raises:
+        DataError: items without pictures.
+    """
+
+    def __init__(self, loaded: Loaded, search: Trials, confirm: Trials, progress: Progress) -> None:
+        self.search, self.confirm, self.progress = search, confirm, progress
+        self.tried = 0
+        self._stage, self._done, self._total = "searching", 0, 1
+        self._runs: dict[tuple[Candidate, bool], Tried] = {}
+        first = search.race(Plan(reduction=0.5), allowed=-1).reports  # sizes of the first batch's pictures
+        if not first:
+            raise DataError("the items bring no pictures; a plan is searched for on pictures and questions")
+        lengths = search.batches[0].inputs["attention_mask"].sum(1).tolist()
+        rows = _row_tokens(first[0], len(lengths))
+        self.largest = max(rows)
+        texts = [int(length) - tokens for length, tokens in zip(lengths, rows, strict=True)]
+        self.space = Space(loaded, Shown.median(first, texts))
+
+    def stage(self, name: str, done: int = 0, total: int = 1) -> None:
+        """What the runs from here on are part of."""
+        self._stage, self._done, self._total = name, done, total
+        self.say("")
+
+    def say(self, what: str) -> None:
+        """Tell what goes on within the stage."""
+        self.progress(f"{self._stage}: {what}" if what else self._stage, self._done, self._total)
+
+    def holds(self, candidate: Candidate, allowed: int, *, confirm: bool = False) -> bool:
+        """Whether at most so many answers change, on the data that chooses or on that which confirms."""
+        trials = self.confirm if confirm else self.search
+        return self._run(candidate, trials, allowed).equal.count(False) <= allowed
+
+    def choice(self, candidate: Candidate, *, confirm: bool = True) -> Choice:
+        """A candidate with its figures, counted on all of the data."""
+        trials = self.confirm if confirm else self.search
+        run = self._run(candidate, trials, None)
+        left = [max(_row_tokens(report, final=True), default=0) for report in run.reports]
+        return Choice(candidate.plan, share(run.equal), run.bound, max(left, default=self.largest))
+
+    def _run(self, candidate: Candidate, trials: Trials, allowed: int | None) -> Tried:
+        key = candidate, trials is self.confirm
+        known = self._runs.get(key)
+        if known is not None:
+            whole = len(known.equal) == trials.items
+            if whole or (allowed is not None and known.equal.count(False) > allowed):
+                return known
+        self.say(describe(candidate.plan))
+        self.tried += 1
+        self._runs[key] = trials.race(candidate.plan, allowed)
+        return self._runs[key]
+
+
+def _row_tokens(report: illava.Report, rows: int = 0, *, final: bool = False) -> list[int]:
+    """Visual tokens of each row of a batch."""
+    count = max([rows, *(picture.row + 1 for picture in report.pictures)])
+    tokens = [0] * count
+    for picture in report.pictures:
+        tokens[picture.row] += picture.final_tokens if final else picture.tokens
+    return tokens

@@ -1,0 +1,206 @@
+"""The search for a plan: against rules whose cheapest plan is known, and on a model that sees."""
+
+from pathlib import Path
+
+import pytest
+
+import illava
+from illava import evaluate, jobs
+from illava.evaluate.by_agreement import DEFAULTS, Cheapest
+from illava.evaluate.found import BEST, DEFAULT
+from illava.evaluate.judge import Judge
+from illava.evaluate.prompts import decoded
+from illava.evaluate.search_space import ENCODER_REMOVES, TOTALS, Candidate
+from illava.evaluate.trials import Trials, Tried
+from questions import write_questions
+
+READER = Path(__file__).resolve().parent.parent / "checkpoints" / "qwen2_5_vl"
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return evaluate.load(READER, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory):
+    data = write_questions(tmp_path_factory.mktemp("data"), ("find", "count"), 4, side=96)
+    return [decoded(item) for item in jobs.read_items(data)]
+
+
+@pytest.fixture(scope="module")
+def trials(loaded, items):
+    return Trials(loaded, items[:4], 4, 4), Trials(loaded, items[4:6], 4, 4)
+
+
+class Ruled(Judge):
+    """A judge under which a plan changes all answers that break a rule, and no others."""
+
+    def __init__(self, loaded, search, confirm, holds, holds_again=None):
+        super().__init__(loaded, search, confirm, lambda *_: None)
+        self.rules = {False: holds, True: holds_again or holds}
+        self.asked = []
+
+    def _run(self, candidate, trials, allowed):
+        again = trials is self.confirm
+        self.asked.append((candidate, again))
+        return Tried([self.rules[again](candidate)] * trials.items)
+
+
+def late_and_mild(candidate):
+    """Encoder blocks from 3 on lose at most half, decoder layers from 2 on at most 78 % in all."""
+    if min(candidate.vit_layers, default=9) in (1, "output") or candidate.encoder_removes > 0.5:
+        return False
+    return not candidate.llm_layers or (min(candidate.llm_layers) >= 2 and candidate.reduction <= 0.78)
+
+
+def cheapest_by_hand(space, rule):
+    """Every candidate of the space, one after the other."""
+    encoder = [Candidate(x, (), e, e) for x in space.encoder_layers for e in ENCODER_REMOVES]
+    totals = dict.fromkeys([*TOTALS, *DEFAULTS[:5]])
+    decoder = [Candidate((), x, 0.0, r) for x in space.decoder_layers for r in totals]
+    return min((c for c in space.joined(encoder, decoder) if rule(c)), key=space.cost)
+
+
+def test_the_cheapest_plan_that_holds_is_found(loaded, trials):
+    judge = Ruled(loaded, *trials, late_and_mild)
+    search = Cheapest(judge, 0.9)
+    search.run()
+    expected = cheapest_by_hand(judge.space, late_and_mild)
+    assert search.best.plan == expected.plan
+    assert search.best.agreement.value == 1
+    assert search.default is None, "they merge in block 1"
+    assert search.as_strong.plan.reduction == expected.reduction
+    assert search.as_strong.agreement.value == 0
+    assert len(judge.asked) < 80, "not all of them"
+
+
+def test_the_default_layers_are_compared_where_they_agree(loaded, trials):
+    def mild(candidate):
+        return candidate.reduction <= 0.45
+
+    search = Cheapest(Ruled(loaded, *trials, mild), 0.9)
+    search.run()
+    assert search.default.plan.reduction == max(r for r in DEFAULTS if r <= 0.45)
+    assert search.default.plan.vit_layers == (1, 3)
+
+
+def test_what_only_held_on_the_data_that_chose_it_is_not_taken(loaded, trials):
+    def milder(candidate):
+        return late_and_mild(candidate) and candidate.encoder_removes <= 0.3
+
+    judge = Ruled(loaded, *trials, late_and_mild, milder)
+    search = Cheapest(judge, 0.9)
+    search.run()
+    assert search.best.plan == cheapest_by_hand(judge.space, milder).plan
+
+
+def test_nothing_holds(loaded, trials):
+    with pytest.raises(illava.NoPlanError, match="keeps 90.0% of 2 answers; ask for less"):
+        Cheapest(Ruled(loaded, *trials, lambda candidate: False), 0.9).run()
+
+
+def test_a_plan_is_run_once_on_the_same_data(loaded, trials):
+    heard = []
+    judge = Judge(loaded, *trials, lambda *said: heard.append(said))
+    strong, mild = Candidate((1,), (), 0.8, 0.8), Candidate((5,), (), 0.2, 0.2)
+    for _ in range(3):
+        judge.holds(strong, 0)
+        judge.holds(mild, 4)
+        judge.holds(mild, 4, confirm=True)
+        choice = judge.choice(mild)
+    assert judge.tried == 3
+    with illava.patch(loaded.model, plan=mild.plan) as handle:
+        loaded.model(**judge.confirm.on_device(judge.confirm.batches[0]))
+        assert choice.bound == pytest.approx(handle.report.flops.speedup_bound)
+        assert choice.final_tokens == handle.report.pictures[0].final_tokens
+    assert choice.plan == mild.plan
+
+
+@pytest.mark.slow
+def test_a_search_on_real_answers(loaded, items):
+    stages = []
+    found = evaluate.find_plan(
+        loaded, items, min_agreement=0.75, max_new_tokens=4, rounds=1,
+        progress=lambda what, done, total: stages.append((what.split(":")[0], done, total)),
+    )  # fmt: skip
+    held = evaluate.fidelity(loaded, items, {"found": found.best.plan}, max_new_tokens=4)
+    assert held.agreement["found"].exact == found.best.agreement
+    assert found.best.agreement.value >= 0.75
+    assert not found.unseen, "8 items are too few to halve"
+    assert (found.items, found.largest, found.interrupted) == (8, 36, False)
+    assert found.best.bound > found.default.bound
+    assert {row.name for row in found.speed.rows} == {"unpatched", DEFAULT, BEST}
+    assert found.faster_than_default > 0
+    names = list(dict.fromkeys(name for name, _, _ in stages))
+    assert names[:4] == ["answering without merging", "encoder blocks", "decoder layers", "both together"]
+    assert all(0 <= done <= total for _, done, total in stages)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["decoder layers", "the default layers", "timing"])
+def test_ctrl_c_keeps_the_best_so_far(loaded, items, stage):
+    def progress(what, done, total):
+        if what.startswith(stage):
+            raise KeyboardInterrupt
+
+    found = evaluate.find_plan(
+        loaded, items, min_agreement=0.75, max_new_tokens=4, rounds=1, progress=progress
+    )
+    assert found.interrupted
+    assert found.speed is None
+    assert found.best.agreement.value >= 0.75
+    assert (found.as_strong is None) == (stage != "timing")
+    assert getattr(loaded.model, "_illava_handle", None) is None
+
+
+def test_ctrl_c_before_anything_holds_ends_the_search(loaded, items):
+    def progress(what, done, total):
+        if what.startswith("encoder"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.find_plan(loaded, items, min_agreement=0.75, max_new_tokens=4, progress=progress)
+
+
+@pytest.mark.slow
+def test_a_speed_up_is_reached_and_no_more_than_that(loaded, items):
+    found = evaluate.find_plan(loaded, items[:2], speedup=1.4, max_new_tokens=2, rounds=0)
+    assert 1.38 <= found.best.bound <= 1.6
+    assert found.default is None
+
+
+@pytest.mark.slow
+def test_so_many_tokens_are_left(loaded, items):
+    found = evaluate.find_plan(loaded, items[:2], max_tokens=9, max_new_tokens=2, rounds=0)
+    assert 7 <= found.best.final_tokens <= 9
+    with pytest.raises(illava.NoPlanError, match="more than 36 visual tokens"):
+        evaluate.find_plan(loaded, items[:2], max_tokens=36, max_new_tokens=2)
+
+
+def test_a_speed_up_out_of_reach(loaded, items):
+    with pytest.raises(illava.NoPlanError, match="speed-up of 50"):
+        evaluate.find_plan(loaded, items[:2], speedup=50, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("targets", "reason"),
+    [
+        ({}, "got none"),
+        ({"speedup": 2, "max_tokens": 9}, "speedup=2 and max_tokens=9"),
+        ({"min_agreement": 98}, "min_agreement=98 is out of range"),
+        ({"speedup": 1}, "speedup=1 is out of range"),
+        ({"max_tokens": 0}, "max_tokens=0 is out of range"),
+    ],
+)
+def test_targets_that_are_none(loaded, items, targets, reason):
+    with pytest.raises(illava.PlanError, match=reason):
+        evaluate.find_plan(loaded, items, **targets)
+
+
+def test_items_without_pictures(loaded):
+    item = jobs.Item("a", (), (), "which digit is red ?", "a")
+    with pytest.raises(illava.DataError, match="bring no pictures"):
+        evaluate.find_plan(loaded, [item], min_agreement=0.9, max_new_tokens=2)
+    with pytest.raises(illava.DataError, match="no items"):
+        evaluate.find_plan(loaded, [], min_agreement=0.9)
