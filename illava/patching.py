@@ -230,7 +230,8 @@ class Handle(OfOneModel):
             self._wrap_method(module, name, wrapper)
         for module in self._outermost.modules():
             if hasattr(module, "generate"):
-                self._wrap_method(module, "generate", language.generate, compiled_inside=True)
+                generate = partial(language.generate, module)
+                self._wrap_method(module, "generate", generate, compiled_inside=True)
         self._before(seams.model, language.enter_model)
         self._after(seams.model, language.leave_model, always=True)
         self._after(self._outermost, language.leave_outermost, always=True)

@@ -151,3 +151,16 @@ def test_attention_changed_after_patching(expected):
     with illava.patch(model, **PLAN):
         model.set_attn_implementation("eager")
         check(model, wanted)
+
+
+def test_a_generate_that_another_tool_replaced(expected):
+    """A plain callable on the instance, as some tools leave it, not a method."""
+    model = tiny.build(expected[0])
+    inputs = tiny.prompt(*tiny.PROMPTS["one picture"])
+    how = dict(max_new_tokens=3, do_sample=False)
+    with illava.patch(model, **PLAN):
+        plain = model.generate(**inputs, **how)
+    own = model.generate
+    model.generate = lambda *args, **kwargs: own(*args, **kwargs)
+    with illava.patch(model, **PLAN):
+        assert torch.equal(model.generate(**inputs, **how), plain)

@@ -141,13 +141,13 @@ class LanguageHooks:
         said = call_args.get("use_cache")
         return bool(getattr(module.config, "use_cache", False) if said is None else said)
 
-    def generate(self, own: Any, *args: Any, **kwargs: Any) -> Any:
-        """The model's own `generate`; its calls learn where the prompt ends, whatever stands behind it."""
+    def generate(self, module: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
+        """The module's own `generate`; its calls learn where the prompt ends, whatever stands behind it."""
         named = (kwargs.get(name) for name in ("attention_mask", "input_ids", "inputs", "inputs_embeds"))
         lengths = (
             x.shape[1] for x in (*named, *args[:1]) if isinstance(x, torch.Tensor) and x.ndim in (2, 3)
         )
-        config = kwargs.get("generation_config") or getattr(own.__self__, "generation_config", None)
+        config = kwargs.get("generation_config") or getattr(module, "generation_config", None)
         chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
         if chunk is not None:
             call = {"input_ids": args[0] if args else kwargs.get("inputs")} | kwargs

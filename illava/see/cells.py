@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from illava.provenance import Provenance, Step
 from illava.see import paint
 from illava.see.views import View
@@ -42,10 +44,23 @@ class Cell:
         if self.merge is None:
             counts = [_patches(p.provenance, p.frame) // p.provenance.unit_side**2 for p in self.view.places]
             return f"{sum(counts):,} tokens"
-        steps = self.steps
-        pairs = [_standing(p.provenance, p.frame, steps[id(p.provenance)]) for p in self.view.places]
-        left, recycled = (sum(counts) for counts in zip(*pairs, strict=True))
+        left, recycled = self._standing()
         return f"{left:,} left, {recycled:,} recycled" if recycled else f"{left:,} left"
+
+    def _standing(self) -> tuple[int, int]:
+        """How many tokens stand here, and how many of them took in others in this merge."""
+        steps, left, recycled = self.steps, 0, 0
+        for own in {id(place.provenance): place.provenance for place in self.view.places}.values():
+            step = steps[id(own)]
+            here = torch.zeros(own.patches, dtype=torch.bool)
+            frames = here.split([h * w for h, w in own.frames])
+            for place in self.view.places:
+                if place.provenance is own:
+                    frames[place.frame].fill_(True)
+            rows, patches, _ = entries(step.stands)
+            tokens = rows[here[patches]].unique()  # packing may lay one across the edge of two tiles
+            left, recycled = left + len(tokens), recycled + int(step.recycled[tokens].sum())
+        return left, recycled
 
     @property
     def placed(self) -> bool:
@@ -141,11 +156,3 @@ def _total(found: Sequence[View], merge: int | None) -> int:
 def _patches(own: Provenance, frame: int) -> int:
     height, width = own.frames[frame]
     return height * width
-
-
-def _standing(own: Provenance, frame: int, step: Step) -> tuple[int, int]:
-    """How many tokens stand on a frame, and how many of them took in others in this merge."""
-    first = sum(_patches(own, i) for i in range(frame))
-    rows, patches, _ = entries(step.stands)
-    here = rows[(patches >= first) & (patches < first + _patches(own, frame))].unique()
-    return len(here), int(step.recycled[here].sum())

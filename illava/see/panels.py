@@ -62,10 +62,7 @@ def draw_step(axes: Axes, view: View, steps: Steps, width: float) -> None:
 
 
 def _show(axes: Axes, pixels: np.ndarray) -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.set_axis_off()
     axes.imshow(pixels, interpolation="none")
 
 
@@ -93,12 +90,14 @@ def _mark(axes: Axes, grid: Grid, place: Place, step: Step, before: int, points:
     def frame(values: Tensor) -> np.ndarray:
         return own.maps(values)[place.frame].numpy()
 
-    _outline(axes, grid, frame(step.state) != GONE, INFORMATIVE_EDGE, 0.8 * thin)
+    _outline(axes, grid, {INFORMATIVE_EDGE: [frame(step.state) != GONE]}, 0.8 * thin)
     earlier = step.mixed & ~step.recycled
-    _outline(axes, grid, frame(_standing(step, earlier)), EARLIER_EDGE, EARLIER_WIDTH * thin, rim=True)
+    _outline(axes, grid, {EARLIER_EDGE: [frame(_standing(step, earlier))]}, EARLIER_WIDTH * thin, rim=True)
     hubs, taken = (frame(x) for x in paint.groups(step))
+    regions: dict[str, list[np.ndarray]] = {}
     for number in np.unique(hubs[hubs > 0]).tolist():
-        _outline(axes, grid, hubs == number, paint.colour(before + number), GROUP_WIDTH * thin, rim=True)
+        regions.setdefault(paint.colour(before + number), []).append(hubs == number)
+    _outline(axes, grid, regions, GROUP_WIDTH * thin, rim=True)
     if size < READABLE:
         return
     for numbers, circled in ((hubs, True), (taken, False)):
@@ -142,13 +141,17 @@ def _write(axes: Axes, x: float, y: float, number: int, unit: float, circled: bo
 
 
 def _outline(
-    axes: Axes, grid: Grid, inside: np.ndarray, colour: str, width: float, *, rim: bool = False
+    axes: Axes, grid: Grid, regions: dict[str, list[np.ndarray]], width: float, *, rim: bool = False
 ) -> None:
-    """The border of a region of patches; a dark rim shows it on any picture."""
-    edges = _edges(grid, inside)
+    """The borders of regions of patches, by colour; a dark rim shows them on any picture."""
+    edges = {
+        colour: [x for inside in found for x in _edges(grid, inside)] for colour, found in regions.items()
+    }
     if rim:
-        axes.add_collection(LineCollection(edges, colors="black", linewidths=width * (1 + RIM)))
-    axes.add_collection(LineCollection(edges, colors=colour, linewidths=width))
+        around = [x for found in edges.values() for x in found]
+        axes.add_collection(LineCollection(around, colors="black", linewidths=width * (1 + RIM)))
+    for colour, found in edges.items():
+        axes.add_collection(LineCollection(found, colors=colour, linewidths=width))
 
 
 def _edges(grid: Grid, inside: np.ndarray) -> list[list[tuple[float, float]]]:

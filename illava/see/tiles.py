@@ -12,7 +12,7 @@ from illava.provenance import Provenance
 # Left, top, right and bottom, as shares of the drawn picture's width and height.
 Box = tuple[float, float, float, float]
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
-PADDING = (128, 128, 128)
+PADDING = (0, 0, 0)  # what processors pad with
 
 
 def laid_out(picture: Image.Image, tiles: int, *, padded: bool) -> tuple[Image.Image, list[Box]]:
