@@ -354,9 +354,13 @@ def test_the_legend_names_what_is_drawn(drawn):
     assert both == [*plain, "most important", "least important"]
 
 
-@pytest.mark.parametrize("kind", ["one picture", "several pictures", "video"])
-def test_no_words_overlap(kind, drawn):
-    report, pictures = seen("qwen2_5_vl", kind)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("qwen2_5_vl", "one picture"), ("qwen2_5_vl", "several pictures"), ("qwen2_5_vl", "video"),
+     ("internvl", "several pictures")],
+)  # fmt: skip
+def test_no_words_overlap(family, kind, drawn):
+    report, pictures = seen(family, kind)
     made = drawn(report, pictures, importance=True, title="In which order did the digits appear ?")
     figure.FigureCanvasAgg(made).draw()
     boxes = [t.get_window_extent() for t in made.texts if t.get_text()]
