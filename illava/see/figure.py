@@ -18,6 +18,7 @@ NARROWEST, WIDEST = 1.8, 3.6  # inches, a panel
 DOTS_PER_INCH = 160
 GAP, LINE, MARGIN = 0.1, 0.2, 0.15  # inches
 SMALL, LARGE = 9, 11  # points
+LETTER = 0.08  # inches, a small one on average
 
 
 def compose(
@@ -79,8 +80,11 @@ class _Page:
             )  # fmt: skip
 
     def _row(self, row: Row, y: float, height: float) -> None:
+        beside = row.beside
+        if len(beside) * LETTER > height:  # it would reach into the next row
+            beside = beside.replace(", ", ",\n", 1)
         self._write(
-            self.left - 0.08, y + height / 2, row.beside,
+            self.left - 0.08, y + height / 2, beside,
             rotation=90, ha="right", va="center", multialignment="center",
         )  # fmt: skip
         for number, cell in enumerate(row.cells):

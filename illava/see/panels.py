@@ -51,7 +51,6 @@ def draw_step(axes: Axes, view: View, steps: Steps, width: float) -> None:
     """
     pixels = paint.paint_step(view, steps)
     _show(axes, pixels)
-    axes.autoscale(False)
     if paint.is_placed(view, steps):
         before = paint.numbering(view, steps)
         for place in view.places:
@@ -64,6 +63,7 @@ def draw_step(axes: Axes, view: View, steps: Steps, width: float) -> None:
 def _show(axes: Axes, pixels: np.ndarray) -> None:
     axes.set_axis_off()
     axes.imshow(pixels, interpolation="none")
+    axes.autoscale(False)
 
 
 def _draw_tiles(axes: Axes, view: View) -> None:
