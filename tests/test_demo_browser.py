@@ -103,10 +103,15 @@ def ask(tab, question: str) -> tuple[str, str]:
     return answers(tab, lambda: tab.click("#ask"))
 
 
-def answers(tab, act=lambda: None) -> tuple[str, str]:
+def answers(tab, act) -> tuple[str, str]:
     """Both answers, once there is a verdict that was not there before this was done."""
     tab.evaluate("document.querySelectorAll('.verdict').forEach(x => x.dataset.old = 'yes')")
     act()
+    return answered(tab)
+
+
+def answered(tab) -> tuple[str, str]:
+    """Both answers, once there is a verdict."""
     tab.wait_for_selector(".verdict:not([data-old])")
     return tuple(tab.evaluate(SAID.format(side)) for side in ("unpatched", "patched"))
 
@@ -336,7 +341,7 @@ def test_two_tabs_at_once_do_not_disturb_each_other(open_tab, server, pictures, 
     said(tabs["white"], "unpatched", "looking")  # and held there, so that both are under way
     tabs["green"].click("#ask")
     gate.open()
-    seen = {name: answers(tab) for name, tab in tabs.items()}
+    seen = {name: answered(tab) for name, tab in tabs.items()}
     assert seen["white"] == expected["white"]
     assert seen["green"] == (expected["green"][0],) * 2  # not merged: what it asked for
     assert "this plan merges none" in tabs["green"].inner_text(".verdict")
