@@ -1,4 +1,4 @@
-"""Behind the web page: files within bounds, tabs that are forgotten, and the error where Gradio is missing."""
+"""Behind the web page: files within bounds, tabs that are forgotten, the error where Gradio is missing."""
 
 import inspect
 import os
