@@ -1,33 +1,22 @@
-"""The web page without a browser: what it bounds, what it refuses, what it forgets, and what it says."""
+"""Behind the web page: files within bounds, tabs that are forgotten, the error where Gradio is missing."""
 
-import http.client
 import inspect
-import json
 import os
 import struct
 import sys
-import threading
-import time
-import urllib.error
-import urllib.request
-import uuid
 import zlib
-from contextlib import closing
-from types import SimpleNamespace
 
 import pytest
-import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 import illava.demo
 from illava.cli import app
-from illava.demo import asking, media
+from illava.demo import media
 from illava.demo.media import Clip, Limits, Picture
 from illava.demo.samples import FOLDER, SAMPLES
 from illava.demo.sessions import Sessions
 from illava.errors import DemoError, MissingExtraError, UploadError
-from illava.plan import Plan
 
 # ---------------------------------------------------------------- without Gradio
 
@@ -181,217 +170,3 @@ def test_uploads_that_no_tab_claims_are_deleted(sessions, uploaded):
     assert sessions.held_bytes() == len("new")
     assert not old.parent.exists()
     assert new.is_file()
-
-
-# ---------------------------------------------------------------- the page
-
-
-@pytest.fixture(scope="module")
-def server():
-    pytest.importorskip("gradio", reason='the web page needs Gradio: pip install "illava[demo]"')
-    from illava.demo.loading import default_model, load
-    from illava.demo.server import Server
-
-    torch.set_num_threads(1)
-    limits = Limits(file_bytes=100_000, files=2, question=40, answer_tokens=8, waiting=2, folder_bytes=10**6)
-    with Server(load(default_model(), "cpu"), host="127.0.0.1", port=free_port(), limits=limits) as server:
-        yield server
-    assert not server.uploads.exists()
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.fixture
-def tab(server):
-    """A tab, as Gradio names it to the page's handlers."""
-    request = SimpleNamespace(session_hash=uuid.uuid4().hex)
-    yield request
-    server.handlers.close(request)
-
-
-def plan_of(server, reduction=77.8):
-    default = server.handlers.asker.default
-    return (
-        reduction, 40, default.vit_layers, default.llm_layers, "recycle", "attention", "text", "window"
-    )  # fmt: skip
-
-
-def last(shown, name):
-    """The last thing that was put there."""
-    import gradio
-
-    skipped = gradio.skip()
-    return [value for step in shown if (value := getattr(step, name)) != skipped][-1]
-
-
-def ask(server, tab, sample=SAMPLES[0], question=None, plan=None):
-    gallery = [(file, None) for file in sample.files]
-    chosen = plan_of(server) if plan is None else plan
-    return list(server.handlers.ask(tab, gallery, question or sample.question, 8, *chosen))
-
-
-def test_both_sides_answer_and_say_what_it_cost(server, tab):
-    shown = ask(server, tab)
-    for side in ("unpatched", "patched"):
-        assert '<p class="said">six</p>' in last(shown, side)
-    assert "<b>The same answer</b> from <b>31 of 144</b>" in last(shown, "verdict")
-    assert last(shown, "merge")["maximum"] == 5
-    before, _ = server.handlers.show(tab, 0, False)
-    after, stairs = server.handlers.show(tab, 2, False)
-    assert "before any merge" in before
-    assert "after encoder block 3" in after
-    assert before.split("base64,")[1] != after.split("base64,")[1]
-    assert stairs.count('class="step vit now"') == 1
-    again = list(server.handlers.ask_again(tab, 2, False, 8, *plan_of(server, 0)))
-    assert "this plan merges none" in last(again, "verdict")
-    assert last(again, "overlay") == ""
-
-
-def test_what_is_wrong_is_said_in_words(server, tab, monkeypatch):
-    for gallery, question, words in (
-        ([], "what ?", "There is nothing to look at yet; bring a picture"),
-        (SAMPLES[0].files, "  ", "There is no question yet"),
-        (SAMPLES[0].files, "?" * 41, "has 41 characters; ask in at most 40"),
-        (SAMPLES[4].files, "what ?", "4 files are too many; bring at most 2"),
-        (["/etc/hostname"], "what ?", "Hostname is not an upload"),
-    ):
-        asked = server.handlers.ask(tab, [(f, None) for f in gallery], question, 8, *plan_of(server))
-        assert words in last(list(asked), "notice")
-    beyond = (77.8, 40, (99,), (1,), "recycle", "attention", "text", "window")
-    assert "99" in last(ask(server, tab, plan=beyond), "notice")
-
-    def fail(*_, **__):
-        raise RuntimeError("<b>boom</b>\nsecond line")
-
-    monkeypatch.setattr(server.handlers.asker.model, "generate", fail)
-    notice = last(ask(server, tab), "notice")
-    assert "This did not work: RuntimeError: &lt;b&gt;boom&lt;/b&gt;. The server" in notice
-    assert "second line" not in notice
-
-
-def test_an_answer_is_no_longer_than_the_page_allows(server, tab, monkeypatch):
-    asked = []
-    generate = server.handlers.asker.model.generate
-    monkeypatch.setattr(
-        server.handlers.asker.model,
-        "generate",
-        lambda **kwargs: asked.append(kwargs["max_new_tokens"]) or generate(**kwargs),
-    )
-    gallery = [(file, None) for file in SAMPLES[0].files]
-    list(server.handlers.ask(tab, gallery, SAMPLES[0].question, 10**6, *plan_of(server)))
-    assert max(asked) == 8
-
-
-def test_a_closed_tab_ends_its_answer(server, tab):
-    answers = server.handlers.ask(
-        tab, [(file, None) for file in SAMPLES[5].files], SAMPLES[5].question, 8, *plan_of(server)
-    )
-    next(answers)
-    session = server.sessions.of(tab.session_hash)
-    server.handlers.close(tab)
-    assert session.stop.is_set()
-    assert last(list(answers), "patched").count("not asked") == 1
-    assert tab.session_hash not in server.sessions
-
-
-def test_closing_does_not_wait_for_a_long_answer(server, monkeypatch):
-    own = server.handlers.asker
-    asker = asking.Asker(own.model, own.processor, own.name)
-    monkeypatch.setattr(own.model.generation_config, "eos_token_id", None)
-    put = asking._Tap.put
-    monkeypatch.setattr(asking._Tap, "put", lambda tap, value: (time.sleep(0.05), put(tap, value)))
-    prompt = asking.Prompt([media.read(FOLDER / "white.jpg", Limits())], SAMPLES[0].question)
-    answers = asker.ask(prompt, Plan(), answer_tokens=1_000, stop=threading.Event())  # fifty seconds
-    next(answers)
-    begun = time.monotonic()
-    asker.close()
-    assert time.monotonic() - begun < 10
-    assert next(x for x in answers if x.done).report is None
-
-
-def post(server, path, body, **headers):
-    """Status and text of what the page says to this."""
-    request = urllib.request.Request(server.url + path.lstrip("/"), body, headers)
-    try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-
-
-def upload(server, content: bytes):
-    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + content
-    body += b"\r\n--x--\r\n"
-    return post(server, "gradio_api/upload", body, **{"Content-Type": "multipart/form-data; boundary=x"})
-
-
-def announce(server, length: str | None, path: str = "upload"):
-    """What the page says to the head of a request, before any of it has come."""
-    connection = http.client.HTTPConnection(server.url.split("/")[2], timeout=30)
-    connection.putrequest("POST", f"/gradio_api/{path}")
-    if length is not None:
-        connection.putheader("Content-Length", length)
-    connection.endheaders()
-    with closing(connection), connection.getresponse() as answer:
-        return answer.status, answer.read().decode()
-
-
-def test_uploads_are_bounded_one_by_one_and_together(server, monkeypatch):
-    status, said = upload(server, b"small")
-    assert status == 200
-    assert json.loads(said)[0].startswith(str(server.uploads))
-    assert upload(server, b"x" * 100_001)[0] == 413  # Gradio's own, of a file
-    limits = server.handlers.limits
-    assert announce(server, str(limits.request_bytes + 1)) == (413, "bring at most 1 MiB at once")
-    assert announce(server, str(2**20 + 1), "queue/join") == (413, "bring at most 1 MiB at once")
-    for path in ("component_server", "process_recording", "run/ask", "call/ask"):  # Gradio's, not the page's
-        assert announce(server, "10", path) == (404, "nothing is posted here")
-    assert announce(server, None) == (411, "what is sent has to say how long it is")
-    (server.uploads / "others").write_bytes(b"x" * limits.folder_bytes)
-    status, said = upload(server, b"small")
-    assert status == 507
-    assert "all users together" in said
-    (server.uploads / "others").unlink()
-    assert upload(server, b"small")[0] == 200
-
-
-@pytest.mark.parametrize("path", ["/etc/hostname", str(FOLDER.parent / "server.py"), "../server.py"])
-def test_no_file_of_the_machine_is_served(server, path):
-    assert post(server, f"gradio_api/file={path}", None)[0] in (403, 404)
-
-
-def test_a_shipped_example_is_served(server):
-    with urllib.request.urlopen(f"{server.url}gradio_api/file={FOLDER / 'white.jpg'}") as answer:
-        assert answer.read() == (FOLDER / "white.jpg").read_bytes()
-
-
-def test_more_questions_than_the_queue_holds_are_turned_away(server, monkeypatch):
-    go = threading.Event()
-    monkeypatch.setattr(type(server.handlers.asker), "_answer", lambda *_: go.wait(30))
-    config = json.loads(post(server, "config", None)[1])
-    asking = next(d for d in config["dependencies"] if len(d["inputs"]) == 11 and len(d["outputs"]) == 8)
-    gallery = [
-        {"image": {"path": SAMPLES[0].files[0], "meta": {"_type": "gradio.FileData"}}, "caption": None}
-    ]
-    body = {"data": [gallery, "what ?", 8, *plan_of(server)], "fn_index": asking["id"]}
-    try:
-        said = [
-            post(
-                server, "gradio_api/queue/join", json.dumps(body | {"session_hash": f"tab{n}"}).encode(),
-                **{"Content-Type": "application/json"},
-            )
-            for n in range(8)
-        ]  # fmt: skip
-    finally:
-        go.set()
-    statuses = [status for status, _ in said]
-    assert statuses[0] == 200
-    assert 503 in statuses, said
-    assert "full" in said[-1][1].lower()
-    assert statuses.count(200) <= 4  # one being answered or about to be, and those that wait
