@@ -10,7 +10,9 @@ from sklearn.datasets import load_sample_image
 
 import illava
 import tiny_checkpoint
-from illava import Plan
+from illava import Plan, jobs
+from illava.evaluate.loading import Loaded
+from illava.evaluate.prompts import build_inputs
 from illava.harness.answering import Answerer
 from illava.harness.arguments import plan_for, plan_from_arguments
 
@@ -133,22 +135,43 @@ def test_a_conversation_is_the_processors_own_prompt(checkpoint):
         assert torch.equal(inputs[name], expected[name])
 
 
-def test_videos_are_read_and_broken_ones_said(checkpoint, tmp_path):
+@pytest.fixture
+def clip(tmp_path):
+    """Eight frames, four a second."""
     import av
 
-    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=4)
         stream.width, stream.height, stream.pix_fmt = 84, 84, "yuv420p"
         for i in range(8):
             frame = np.full((84, 84, 3), 30 * i, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+    return path
+
+
+def test_videos_are_read_and_broken_ones_said(checkpoint, clip, tmp_path):
     answerer = Answerer.load(str(checkpoint), Plan(reduction=0.5), frames=4)
-    clip = {"type": "video", "video": str(tmp_path / "clip.mp4")}
-    ((_, tokens),) = answerer.answer([turn(clip)], max_new_tokens=3, do_sample=False)
+    ((_, tokens),) = answerer.answer(
+        [turn({"type": "video", "video": str(clip)})], max_new_tokens=3, do_sample=False
+    )
     assert tokens <= 3
     (picture,) = answerer.handle.report.pictures
     assert (picture.kind, picture.grid[0]) == ("video", 2)
     (tmp_path / "broken.mp4").write_text(json.dumps({}))
     with pytest.raises(illava.errors.DataError, match="broken.mp4 cannot be read"):
         answerer.answer([turn({"type": "video", "video": str(tmp_path / "broken.mp4")})])
+
+
+@pytest.mark.parametrize("frames", [8, 4])
+def test_frames_stand_at_their_times(checkpoint, clip, frames):
+    """Of two seconds: 8 frames are 4 a second, 4 are 2, and two of them become one."""
+    answerer = Answerer.load(str(checkpoint), Plan(reduction=0), frames=frames)
+    item = jobs.decode(jobs.Item("a", (), (clip,), "what?", "here"), frames)
+    loaded = Loaded(answerer.model, answerer.processor)
+    for inputs in (
+        answerer.inputs([turn({"type": "video", "video": str(clip)})]),
+        build_inputs(loaded, [item]),
+    ):
+        assert inputs["second_per_grid_ts"].tolist() == [2 / (frames / 2)]

@@ -8,6 +8,7 @@ from typing import Any
 from illava.errors import CheckpointError, DataError
 from illava.evaluate.loading import Loaded, first_line
 from illava.jobs import Item, Skipped, decode
+from illava.jobs.pictures import clip_options, correct_times
 
 
 def decoded(item: Item | Skipped) -> Item:
@@ -62,17 +63,14 @@ def build_inputs(loaded: Loaded, items: Sequence[Item]) -> dict[str, Any]:
     if pictures := [picture for item in items for picture in item.pictures]:
         options["images"] = pictures
     if clips:
-        options |= {
-            "videos": [frames for frames, _ in clips],
-            "video_metadata": [about for _, about in clips],
-            "do_sample_frames": False,
-        }
+        options |= clip_options(clips)
     try:
         batch = processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **options)
     except (ValueError, RuntimeError, TypeError) as error:
         raise DataError(
             f"{loaded.name}'s processor refuses {items[0].source}: {first_line(error)}"
         ) from error
+    correct_times(batch, processor, clips)
     # Only the pixels change type: bfloat16 would also round the seconds between frames.
     return {
         name: x.to(loaded.device, loaded.model.dtype if name.startswith("pixel_values") else x.dtype)

@@ -11,7 +11,7 @@ import torch
 
 from illava.errors import DataError
 from illava.extras import pillow
-from illava.jobs.pictures import DEFAULT_FRAMES, read_clip
+from illava.jobs.pictures import DEFAULT_FRAMES, clip_options, correct_times, read_clip
 from illava.patching import Handle, patch
 from illava.plan import Plan
 
@@ -103,12 +103,9 @@ class Answerer:
         ]
         options: dict[str, Any] = {"images": images} if images else {}
         if clips:
-            options |= {
-                "videos": [frames for frames, _ in clips],
-                "video_metadata": [about for _, about in clips],
-                "do_sample_frames": False,
-            }
+            options |= clip_options(clips)
         inputs = self.processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **options)
+        correct_times(inputs, self.processor, clips)
         # Only pixels take the model's type: in bfloat16, times and places would be rounded.
         return {
             name: value.to(self.model.device, self.model.dtype if name.startswith("pixel_values") else None)

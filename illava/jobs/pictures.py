@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,29 @@ def read_clip(file: Path, frames: int = DEFAULT_FRAMES) -> tuple[Any, Any]:
         return np.linspace(0, total - 1, min(frames, total)).round().astype(int)
 
     return reader.load_video(str(file), sample_indices_fn=indices, backend="pyav")
+
+
+def clip_options(clips: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
+    """What a processor is told of clips, each as `read_clip` gives it."""
+    return {
+        "videos": [frames for frames, _ in clips],
+        "video_metadata": [about for _, about in clips],
+        "do_sample_frames": False,
+    }
+
+
+def correct_times(inputs: MutableMapping[str, Any], processor: Any, clips: Sequence[tuple[Any, Any]]) -> None:
+    """Write into a processor's inputs how many seconds lie between the frames of each clip.
+
+    Where a model places frames by time (Qwen2.5-VL), the processor of transformers 4.57 takes every clip for
+    one of two frames a second, whatever its metadata say; that of 5.x says what is written here.
+    """
+    times = inputs.get("second_per_grid_ts")
+    if times is None or any(about.fps is None for _, about in clips):
+        return
+    joined = processor.video_processor.temporal_patch_size  # frames that become one
+    rates = [about.fps * len(frames) / (about.total_num_frames or len(frames)) for frames, about in clips]
+    inputs["second_per_grid_ts"] = times.new_tensor([joined / rate for rate in rates])
 
 
 def _frames_counted(file: Path) -> int:
