@@ -41,8 +41,9 @@ def test_as_unpatched_where_nothing_is_removed(family, name):
 
 
 @pytest.mark.claim(
-    "transformers' own tests", "66.7 % removed", "works", "all that pass unpatched, but NO_LONGER"
-)
+    "transformers' own tests", "66.7 % removed", "works",
+    "all that pass unpatched, but those of gradient checkpointing and router logits, which are refused",
+)  # fmt: skip
 @pytest.mark.parametrize("name", NAMES)
 @tools.each_family
 def test_as_unpatched_where_tokens_are_merged(family, name):
