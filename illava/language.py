@@ -7,7 +7,6 @@ D head size, d hidden size.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from illava import merge, sequence
+from illava import language_entry, merge, sequence
 from illava.candidates import decide
 from illava.families.seams import Additions, Seams
 from illava.families.visual import VisualInput
@@ -26,8 +25,7 @@ from illava.rotary import rotation
 from illava.schedule import ModelPlan
 from illava.scores import Scores, attention_importance, slots_to_choose
 from illava.tracing import LanguageTrace, record_merge
-from illava.transfer import on, to_host
-from illava.vision import is_broken, is_dead
+from illava.transfer import on
 
 
 class LanguageCall:
@@ -66,7 +64,6 @@ class LanguageCall:
         self.settings, self.implementation, self.plan_id = plan.settings, implementation, plan_id
         self.scored_at = plan.scored_at
         self.wanted = wanted
-        self.traced = traced
         self.trace: LanguageTrace | None = None
         self.outputs: dict[int, Tensor] = {}
         self.additions: dict[int, Tensor] = {}
@@ -96,66 +93,16 @@ class LanguageCall:
             return
         # Read now: an offloaded parameter is there only while its module runs.
         newline = None if seams.newline is None else getattr(seams.model, seams.newline)
-        self._enter(plan, embeds, visual, newline)
-
-    def _enter(self, plan: ModelPlan, embeds: Tensor, visual: VisualInput, newline: Tensor | None) -> None:
-        """Find what the encoder left, row by row, and lay out the segments' slots."""
-        device = embeds.device
-        segment = visual.segment  # [B, L] on the CPU
-        marks = {"dead": is_dead(embeds), "broken": is_broken(embeds)}
-        if self.padding_mask is not None:
-            marks["real"] = self.padding_mask[:, -self.length :].bool().to(device)
-        if newline is not None:
-            marks["newline"] = (embeds == newline.to(embeds)).all(dim=-1)
-        found = dict(zip(marks, to_host(torch.stack(list(marks.values()))), strict=True))  # one transfer
-        real = found.get("real", torch.ones_like(segment, dtype=torch.bool))
-        before = None if self.padding_mask is None else self.padding_mask[:, : -self.length]
-        self.unpadded = bool(real.all()) and (before is None or not before.shape[1] or bool(before.all()))
-        broken = segment[found["broken"] & (segment >= 0)]
-        self.broken: dict[int, int] = dict(Counter(broken.tolist()))
-        dead = found["dead"] & (segment >= 0)
-        text = (segment < 0) & real
-        text[:, self.asking_end - self.past :] = False
-        if newline is not None:  # behind a newline is no picture: it belongs to none, and always stays
-            segment = segment.masked_fill(found["newline"], -1)
-        self._lost_any = bool(dead.any())
-        # The caller's padding leaves as well, or a short row would keep the whole batch long. Only in
-        # the last column it stays: generation goes on from there.
-        real_or_last = real.clone()
-        real_or_last[:, -1] = True
-        keep = real_or_last & ~dead
-        row_lengths = keep.sum(dim=1).tolist()
-        width = max(row_lengths)
-        index = merge.compact(keep, width)  # [B, n] on the CPU
-        positions = (index + self.past).masked_fill(~keep.gather(1, index), -1)
-        slots = segment.gather(1, index).masked_fill(positions < 0, -1)  # [B, n] segment per slot
-        self.entry_columns = on(device, index)
-        if self.traced:
-            self.trace = LanguageTrace.entered(segment, len(visual.tokens), keep)
-        entry = torch.arange(width, device=device).expand(len(row_lengths), -1)
-        self.stages = [Stage(0, on(device, positions), entry, tuple(row_lengths))]
-
-        number = len(visual.tokens)
-        own = segment.flatten()
-        self.tokens: list[int] = torch.bincount(own[own >= 0], minlength=number).tolist()
-        flat = slots.flatten()
-        counts = torch.bincount(flat[flat >= 0], minlength=number)
-        order = flat.argsort(stable=True)[(flat < 0).sum() :]  # visual slots, segment by segment
-        starts = (counts.cumsum(0) - counts)[:, None]
-        step = torch.arange(max(1, int(counts.max())))
-        table = order[(starts + step).clamp(max=max(0, len(order) - 1))] if len(order) else starts + step * 0
-        self.table = on(device, table)  # [S, N] flat slots of each segment, ascending
-        self.counts = [counts.tolist()]
-        self.segment_rows = (table[:, 0] // width).tolist()
-
-        removed = [plan.llm_removed(t, a) for t, a in zip(self.tokens, self.counts[0], strict=True)]
+        entry = language_entry.enter(embeds, visual, padding_mask, newline, past, self.asking_end, traced)
+        self.stages, self.trace, self.entry_columns = [entry.stage], entry.trace, entry.columns
+        self.unpadded, self._lost_any, self.broken = entry.unpadded, entry.lost_any, entry.broken
+        self.tokens, self.counts, self.table = entry.tokens, [entry.counts], entry.table  # [S, N]
+        self.segment_rows, self.has_later_text = entry.segment_rows, entry.has_later_text
+        self._text, self._text_width = entry.text, entry.text_width  # [B, n]
+        removed = [plan.llm_removed(t, a) for t, a in zip(entry.tokens, entry.counts, strict=True)]
         self.removed = {layer: [r[i] for r in removed] for i, layer in enumerate(plan.llm_layers)}
         self.merging = frozenset(layer for layer, counts in self.removed.items() if any(counts))
         self.scored = frozenset(self.scored_at[layer] for layer in self.merging if layer in self.scored_at)
-
-        self.has_later_text = sequence.later_text(segment, text, number)
-        self._text = on(device, text.gather(1, index) & (positions >= 0))  # [B, n]
-        self._text_width = int(text.sum(dim=1).max())
 
     @property
     def changes_length(self) -> bool:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from illava import language, merge, vision, vision_scores
+from illava import language_entry, merge, vision, vision_scores
 from illava.attention import column_sums
 from illava.families.layout import Layout
 from illava.families.visual import VisualInput
@@ -153,7 +153,7 @@ def test_merging_in_windows(device, monkeypatch, implementation):
 def test_merging_in_the_language_model(device, monkeypatch, padded, queries):
     """One transfer when the decoder is entered, and no other until it is left."""
     transfers, length = [], 40
-    monkeypatch.setattr(language, "to_host", lambda x: transfers.append(x.shape) or x)
+    monkeypatch.setattr(language_entry, "to_host", lambda x: transfers.append(x.shape) or x)
     plan = resolve(
         Plan((), (0, 1), 0.5, queries=queries), vit_default=(), llm_default=(), vit_depth=4, llm_depth=3,
         merge_size=2, scoring_layers=frozenset(range(3)),
