@@ -82,7 +82,7 @@ def command(
         else:
             out.print(bench_table(result, shown))
             if drawn := _draw(result, plot):
-                notes.print(f"drawn in {drawn}", markup=False)
+                notes.print(f"drawn in {drawn}", markup=False, soft_wrap=True)
         if result.interrupted:
             stopped(f"the figures are of the {result.rounds} rounds that were finished")
 

@@ -67,7 +67,7 @@ def finishing(kept: str = "") -> Iterator[None]:
 
 def stopped(kept: str = "") -> None:
     """End as Ctrl-C does."""
-    notes.print(f"stopped{'; ' + kept if kept else ''}", markup=False)
+    notes.print(f"stopped{'; ' + kept if kept else ''}", markup=False, soft_wrap=True)
     raise typer.Exit(STOPPED)
 
 

@@ -97,5 +97,8 @@ def _show(results: Path, plans: dict[str, Plan], model: str, as_json: bool) -> N
     for skipped in found.skipped[:5]:
         notes.print(f"left out: {skipped['source']}: {skipped['reason']}", markup=False, soft_wrap=True)
     if more := len(found.skipped) - 5:
-        notes.print(f"left out: {more} more, see {results}" if more > 0 else "", end="\n" if more > 0 else "")
-    notes.print(f"{len(found.disagreements)} answers that changed are in {differing}", markup=False)
+        if more > 0:
+            notes.print(f"left out: {more} more, see {results}", markup=False, soft_wrap=True)
+    notes.print(
+        f"{len(found.disagreements)} answers that changed are in {differing}", markup=False, soft_wrap=True
+    )

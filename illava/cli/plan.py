@@ -100,7 +100,7 @@ def command(
                 "flatters it; give 40 or more"
             )
         if file is not None:
-            notes.print(f"written to {file}", markup=False)
+            notes.print(f"written to {file}", markup=False, soft_wrap=True)
         if found.interrupted:
             stopped(
                 "this is the best plan by then" if found.unseen else "the best by then, on data that chose it"
