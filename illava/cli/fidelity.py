@@ -96,9 +96,8 @@ def _show(results: Path, plans: dict[str, Plan], model: str, as_json: bool) -> N
     out.print(fidelity_table(found, model))
     for skipped in found.skipped[:5]:
         notes.print(f"left out: {skipped['source']}: {skipped['reason']}", markup=False, soft_wrap=True)
-    if more := len(found.skipped) - 5:
-        if more > 0:
-            notes.print(f"left out: {more} more, see {results}", markup=False, soft_wrap=True)
+    if (more := len(found.skipped) - 5) > 0:
+        notes.print(f"left out: {more} more, see {results}", markup=False, soft_wrap=True)
     notes.print(
         f"{len(found.disagreements)} answers that changed are in {differing}", markup=False, soft_wrap=True
     )
