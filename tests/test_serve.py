@@ -147,21 +147,32 @@ def slowed(model, seconds, failing=()):
 
 
 def test_a_full_queue_says_so_and_loses_nobody(server, answerer):
+    """The model is held until five were refused: one request is in work then, and two wait."""
     service, client = server
-    port = client.base_url.port
-    hook = slowed(answerer.model, 0.1)
+    port, refusals = client.base_url.port, threading.Event()
+
+    def held(*_):
+        refusals.wait(60)
+
+    hook = answerer.model.model.language_model.register_forward_pre_hook(held)
     try:
 
         async def all_at_once():
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}/v1", timeout=60) as many:
                 body = {"model": "tiny", "messages": asked(url=address()), "max_tokens": 4}
-                return await asyncio.gather(*(many.post("/chat/completions", json=body) for _ in range(8)))
+                asks = [many.post("/chat/completions", json=body) for _ in range(8)]
+                replies = []
+                for reply in asyncio.as_completed(asks):
+                    replies.append(await reply)
+                    if len(replies) == 5:
+                        refusals.set()
+                return replies
 
         replies = asyncio.run(all_at_once())
     finally:
+        refusals.set()
         hook.remove()
-    statuses = sorted(reply.status_code for reply in replies)
-    assert statuses == [200] * 3 + [429] * 5, "one in work, two waiting"
+    assert [reply.status_code for reply in replies] == [429] * 5 + [200] * 3
     refused = next(reply for reply in replies if reply.status_code == 429)
     assert refused.headers["retry-after"] == "1"
     assert refused.json()["error"]["type"] == "rate_limit_error"
