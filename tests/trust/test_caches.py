@@ -204,6 +204,7 @@ def test_offloaded(family, beams, monkeypatch):
     moved = []
     offload = cache_utils.Cache.offload
     monkeypatch.setattr(torch, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)  # before torch 2.7
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device=None: Stream())
     monkeypatch.setattr(
         cache_utils.Cache, "offload", lambda c, i, *a: (moved.append(i), offload(c, i, *a))[1]
