@@ -31,7 +31,7 @@ from illava.hooks import (
 from illava.hooks.tracing import Hook, class_like, reads_context
 from illava.plan import Plan
 from illava.report import Report
-from illava.schedule import ModelPlan, resolve
+from illava.schedule import ModelPlan
 
 # Where a patched model keeps its handle; gone again after removal.
 HANDLE_ATTRIBUTE = "_illava_handle"
@@ -88,15 +88,7 @@ def patch(
     model_type = getattr(getattr(core, "config", None), "model_type", "unknown")
     family = families.family_of(model_type, type(core).__name__)
     seams = family.find_seams(core)
-    resolved = resolve(
-        plan,
-        vit_default=seams.vit_default,
-        llm_default=seams.llm_default,
-        vit_depth=len(seams.blocks),
-        llm_depth=len(seams.layers),
-        merge_size=seams.merge_size,
-        scoring_layers=seams.scoring_layers,
-    )
+    resolved = seams.settle(plan)
     previous = getattr(seams.model, HANDLE_ATTRIBUTE, None)
     checks.check_untouched(seams)
     checks.check_attention(seams)

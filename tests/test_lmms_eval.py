@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import illava
+from answers import say
 from readers import batches, tasks
 
 pytest.importorskip("lmms_eval", reason='needs lmms-eval: pip install "illava[lmms-eval]"')
@@ -127,13 +128,8 @@ def ours(items):
     model = AutoModelForImageTextToText.from_pretrained(READER, dtype=torch.float32).eval()
     composer = batches.Composer(model, AutoProcessor.from_pretrained(READER))
 
-    def answer(item):
-        inputs = composer.prompt(item, item.questions[0].text)
-        ids = model.generate(**inputs, do_sample=False, max_new_tokens=8)
-        return composer.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
     def answers():
-        return {task: [answer(item) for item in asked] for task, asked in items.items()}
+        return {task: [say(model, composer, item) for item in asked] for task, asked in items.items()}
 
     with torch.inference_mode():
         plain = answers()

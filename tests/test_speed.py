@@ -127,7 +127,6 @@ def test_the_early_plan_allows_four_times():
     """The bound that `RIVALS` states, and the one of the paper's layers beside it."""
     from illava.families import family_of
     from illava.flops import count_flops, measure
-    from illava.schedule import resolve
 
     family = MODELS["qwen2.5-vl-7b"].full
     with torch.device("meta"):
@@ -136,8 +135,7 @@ def test_the_early_plan_allows_four_times():
     shape = measure(seams)
 
     def bound(plan, tokens):
-        plan = resolve(plan, vit_default=seams.vit_default, llm_default=seams.llm_default, vit_depth=32,
-                       llm_depth=28, merge_size=2)  # fmt: skip
+        plan = seams.settle(plan)
         segment = plan.segment(1, tokens)
         return count_flops(plan, shape, [(segment, 4)], [(64, [segment])]).speedup_bound
 

@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import illava
+from answers import say
 from readers import batches, tasks
 
 pytest.importorskip("vlmeval", reason="needs VLMEvalKit: pip install ms-vlmeval")
@@ -46,15 +47,10 @@ def answers(items):
     model = AutoModelForImageTextToText.from_pretrained(READER, dtype=torch.float32).eval()
     composer = batches.Composer(model, AutoProcessor.from_pretrained(READER))
 
-    def answer(item):
-        inputs = composer.prompt(item, item.questions[0].text)
-        ids = model.generate(**inputs, do_sample=False, max_new_tokens=8)
-        return composer.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
     with torch.inference_mode():
-        plain = [answer(item) for item in items]
+        plain = [say(model, composer, item) for item in items]
         with illava.patch(model, **PLAN):
-            return {"plain": plain, "merged": [answer(item) for item in items]}
+            return {"plain": plain, "merged": [say(model, composer, item) for item in items]}
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import illava
 from illava import Candidates, ModelPlan, Plan, checks, families
 from illava.families.seams import Seams
-from illava.schedule import SegmentSchedule, resolve
+from illava.schedule import SegmentSchedule
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Rival:
         seams, plan = seams_of(model), Plan((), (), reduction=0)
         if self.plan_of is not None and final_ratio < 1:
             plan = self.plan_of(seams, final_ratio)
-        return settle(plan, seams)
+        return seams.settle(plan)
 
     def schedule(self, model: nn.Module, *, visual_tokens: int, final_ratio: float) -> SegmentSchedule:
         """Tokens in and out of every merging layer, for a picture of `visual_tokens`."""
@@ -98,19 +98,6 @@ def seams_of(model: nn.Module) -> Seams:
     """The parts of a model that a plan is made for."""
     core: Any = checks.unwrap(model)
     return families.family_of(core.config.model_type, type(core).__name__).find_seams(core)
-
-
-def settle(plan: Plan, seams: Seams) -> ModelPlan:
-    """A plan's layers settled, as `illava.patch` settles them."""
-    return resolve(
-        plan,
-        vit_default=seams.vit_default,
-        llm_default=seams.llm_default,
-        vit_depth=len(seams.blocks),
-        llm_depth=len(seams.layers),
-        merge_size=seams.merge_size,
-        scoring_layers=seams.scoring_layers,
-    )
 
 
 # Scores ---------------------------------------------------------------------------------------------

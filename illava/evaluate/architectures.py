@@ -12,7 +12,7 @@ from illava.evaluate.loading import read_config
 from illava.families import about, family_of, supported_models
 from illava.families.about import About
 from illava.plan import Plan
-from illava.schedule import ModelPlan, resolve
+from illava.schedule import ModelPlan
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,6 @@ def architecture_of(name: str | Path) -> Architecture:
     with torch.device("meta"):
         model = kind._from_config(config)
     seams = family_of(config.model_type, kind.__name__).find_seams(model)
-    plan = resolve(
-        Plan(),
-        vit_default=seams.vit_default,
-        llm_default=seams.llm_default,
-        vit_depth=len(seams.blocks),
-        llm_depth=len(seams.layers),
-        merge_size=seams.merge_size,
-        scoring_layers=seams.scoring_layers,
-    )
+    plan = seams.settle(Plan())
     windowed = tuple(b for b in range(len(seams.blocks)) if b not in seams.full_attention_blocks)
     return Architecture(str(name), config.model_type, about(config.model_type), plan, windowed)

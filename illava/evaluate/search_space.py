@@ -13,7 +13,7 @@ from illava.families.seams import Seams
 from illava.flops import count_flops, measure
 from illava.plan import OUTPUT, Plan
 from illava.report import Report
-from illava.schedule import nearest_layers, resolve
+from illava.schedule import nearest_layers
 
 # Shares of the visual tokens that the encoder alone removes, and that are gone in all, the most first.
 ENCODER_REMOVES = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
@@ -146,15 +146,7 @@ class Space:
 
     def cost(self, candidate: Candidate) -> float:
         """Operations of a prefill, as a share of the unpatched model's."""
-        plan = resolve(
-            candidate.plan,
-            vit_default=self.seams.vit_default,
-            llm_default=self.seams.llm_default,
-            vit_depth=len(self.seams.blocks),
-            llm_depth=len(self.seams.layers),
-            merge_size=self.seams.merge_size,
-            scoring_layers=self.seams.scoring_layers,
-        )
+        plan = self.seams.settle(candidate.plan)
         segment = plan.segment(self.shown.frames, self.shown.frame_tokens)
         unit = self._shape.unit_tokens[0]
         flops = count_flops(plan, self._shape, [(segment, unit)], [(self.shown.text, [segment])])

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from illava.families.layout import Survivors
+from illava.plan import Plan
+from illava.schedule import ModelPlan, resolve
 
 
 @dataclass(frozen=True)
@@ -135,3 +137,19 @@ class Seams:
             step = getattr(block, name)
             output = step(output) if isinstance(step, nn.Module) else step * output
         return output
+
+    def settle(self, plan: Plan) -> ModelPlan:
+        """A plan's layers settled for this model.
+
+        Raises:
+            PlanError: the model cannot carry it out, see `illava.schedule.resolve`.
+        """
+        return resolve(
+            plan,
+            vit_default=self.vit_default,
+            llm_default=self.llm_default,
+            vit_depth=len(self.blocks),
+            llm_depth=len(self.layers),
+            merge_size=self.merge_size,
+            scoring_layers=self.scoring_layers,
+        )
