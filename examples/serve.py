@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import binascii
 import io
 import json
 import logging
@@ -29,7 +28,7 @@ try:
     import uvicorn
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, StreamingResponse
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
     from pydantic import BaseModel, Field
     from transformers import AsyncTextIteratorStreamer, StoppingCriteria
 
@@ -100,19 +99,24 @@ class Service:
         name: what clients call it.
         longest_queue: requests that may wait while one is answered.
         most_tokens: of an answer, whatever is asked for.
-        waiting, answered: requests, now and since the start.
+        unfinished, answered: requests, now and since the start.
     """
 
     answerer: Answerer
     name: str
     longest_queue: int = 8
     most_tokens: int = 1024
-    waiting: int = 0
+    unfinished: int = 0
     answered: int = 0
 
     def __post_init__(self) -> None:
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue: one of the unfinished has its turn."""
+        return max(0, self.unfinished - 1)
 
     def submit(self, chat: Chat) -> Answer:
         """Have a request answered when its turn comes.
@@ -120,10 +124,11 @@ class Service:
         Raises:
             RefusedError: too many wait already.
         """
-        if self._turn.locked() and self.waiting >= self.longest_queue:
+        # Counted here, not where the turn begins: several may come before the first of them has it.
+        if self.unfinished > self.longest_queue:
             raise RefusedError(429, f"{self.waiting} requests are waiting already; try again in a moment")
         answer = Answer(chat)
-        self.waiting += 1
+        self.unfinished += 1
         task = asyncio.create_task(self._answer(answer))
         self._tasks.add(task)  # the event loop itself would forget it
         task.add_done_callback(self._tasks.discard)
@@ -132,26 +137,23 @@ class Service:
     async def _answer(self, answer: Answer) -> None:
         """Whatever becomes of the client, the model is free again when this ends."""
         try:
-            try:
-                await self._turn.acquire()
-            finally:
-                self.waiting -= 1
-            try:
+            async with self._turn:
                 streamer = AsyncTextIteratorStreamer(
                     self.answerer.processor.tokenizer, True, skip_special_tokens=True
                 )
                 worker = asyncio.create_task(asyncio.to_thread(self._generate, answer, streamer))
                 async for piece in streamer:
                     answer.parts.put_nowait(piece)
-                answer.parts.put_nowait(await worker)
-                self.answered += 1
-            finally:
-                self._turn.release()
+                usage = await worker
+            self.answered += 1
+            answer.parts.put_nowait(usage)
         except RefusedError as refused:
             answer.parts.put_nowait(refused)
         except Exception as error:  # whatever a model may raise: its client is told, the next has its turn
             _log.exception("a request failed")
             answer.parts.put_nowait(RefusedError(500, f"{type(error).__name__}: {error}"))
+        finally:
+            self.unfinished -= 1
 
     @torch.inference_mode()
     def _generate(self, answer: Answer, streamer: AsyncTextIteratorStreamer) -> Usage:
@@ -244,7 +246,7 @@ def picture(address: ImageURL | None) -> Image.Image:
     try:
         opened = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
         return opened.convert("RGB")
-    except (binascii.Error, UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+    except (ValueError, SyntaxError, OSError, Image.DecompressionBombError) as error:  # PIL's and base64's
         raise RefusedError(400, f"a picture cannot be read: {error}") from error
 
 
@@ -266,21 +268,25 @@ def application(service: Service) -> FastAPI:
         return {"object": "list", "data": [{"id": service.name, "object": "model", "owned_by": "illava"}]}
 
     @app.post("/v1/chat/completions")
-    async def complete(chat: Chat) -> Any:
+    async def complete(chat: Chat, request: Request) -> Any:
         about = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": service.name,
         }
         answer = service.submit(chat)
-        # What cannot be answered is said before the first byte, with a status.
-        part = await answer.next_part()
+        watching = asyncio.create_task(watch(request, answer))
+        try:
+            # What cannot be answered is said before the first byte, with a status.
+            part = await answer.next_part()
+            text = ""
+            while isinstance(part, str) and not chat.stream:
+                text += part
+                part = await answer.next_part()
+        finally:
+            watching.cancel()
         if chat.stream:
             return StreamingResponse(events(answer, part, about), media_type="text/event-stream")
-        text = ""
-        while isinstance(part, str):
-            text += part
-            part = await answer.next_part()
         choice = {"index": 0, "finish_reason": part.finish_reason,
                   "message": {"role": "assistant", "content": text}}  # fmt: skip
         return about | {"object": "chat.completion", "choices": [choice], "usage": part.counts}
@@ -289,6 +295,13 @@ def application(service: Service) -> FastAPI:
 
 
 CHUNK = {"object": "chat.completion.chunk"}
+
+
+async def watch(request: Request, answer: Answer) -> None:
+    """End an answer whose client leaves while it waits for the first piece, or for the whole."""
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.2)
+    answer.unwanted.set()
 
 
 async def events(answer: Answer, part: str | Usage, about: dict[str, Any]) -> AsyncIterator[str]:
@@ -316,7 +329,8 @@ def event_of(about: dict[str, Any], delta: dict[str, Any], reason: str | None = 
 
 def as_error(error: RefusedError) -> dict[str, Any]:
     """As OpenAI's clients read it."""
-    kind = "rate_limit_error" if error.status == 429 else "invalid_request_error"
+    kinds = {429: "rate_limit_error", 500: "server_error"}
+    kind = kinds.get(error.status, "invalid_request_error")
     return {"message": str(error), "type": kind, "code": None, "param": None}
 
 

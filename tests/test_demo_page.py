@@ -133,6 +133,18 @@ def test_a_closed_tab_ends_its_answer(server, tab):
     assert tab.session_hash not in server.sessions
 
 
+def test_half_an_answer_is_compared_with_nothing(server, tab):
+    """Stopped before the patched side was asked, sliders have nothing to ask again."""
+    handlers = server.handlers
+    files, question = [(file, None) for file in SAMPLES[5].files], SAMPLES[5].question
+    answers = handlers.ask(tab, files, question, 8, *plan_of(server))
+    next(answers)
+    handlers.stop(tab)
+    assert last(list(answers), "patched").count("not asked") == 1
+    assert len(list(handlers.ask_again(tab, 0, False, 8, *plan_of(server)))) == 1
+    assert server.sessions.of(tab.session_hash).asked is None
+
+
 def test_closing_does_not_wait_for_a_long_answer(server, monkeypatch):
     own = server.handlers.asker
     asker = asking.Asker(own.model, own.processor, own.name)

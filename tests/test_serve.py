@@ -37,12 +37,10 @@ def answerer(tmp_path_factory):
 def server(answerer):
     """A running server: its service, and a client of it."""
     service = serve.Service(answerer, "tiny", longest_queue=2, most_tokens=400)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    config = uvicorn.Config(serve.application(service), host="127.0.0.1", port=port, log_level="warning")
-    running = uvicorn.Server(config)
-    thread = threading.Thread(target=running.run, daemon=True)
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    running = uvicorn.Server(uvicorn.Config(serve.application(service), log_level="warning"))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not running.started:
         assert thread.is_alive()
@@ -182,6 +180,25 @@ def test_a_full_queue_says_so_and_loses_nobody(server, answerer):
     assert whole(client).choices
 
 
+def test_the_queue_is_bounded_when_all_come_at_the_same_moment(answerer):
+    """Before the first of them has its turn."""
+    service = serve.Service(answerer, "tiny", longest_queue=2)
+
+    async def burst():
+        answers, refused = [], 0
+        for _ in range(8):
+            try:
+                answers.append(service.submit(serve.Chat(messages=asked(), max_tokens=1)))
+            except serve.RefusedError as refusal:
+                refused += refusal.status == 429
+        for answer in answers:
+            while isinstance(await answer.next_part(), str):
+                pass
+        return len(answers), refused
+
+    assert asyncio.run(burst()) == (3, 5)
+
+
 def test_a_client_that_leaves_frees_the_model(server, answerer):
     service, client = server
     hook = slowed(answerer.model, 0.05)
@@ -192,6 +209,21 @@ def test_a_client_that_leaves_frees_the_model(server, answerer):
         began = time.monotonic()
         assert whole(client, max_completion_tokens=2).choices
         assert time.monotonic() - began < 10, "not the 20 seconds of the whole answer"
+    finally:
+        hook.remove()
+
+
+def test_a_client_that_leaves_without_a_stream_frees_the_model(server, answerer):
+    """So does one that waits in the queue; the next is answered long before 20 seconds are over."""
+    service, client = server
+    hook = slowed(answerer.model, 0.05)
+    try:
+        began = time.monotonic()
+        for _ in range(2):
+            with pytest.raises(openai.APITimeoutError):
+                whole(client.with_options(timeout=0.5, max_retries=0), max_completion_tokens=400)
+        assert whole(client, max_completion_tokens=2).choices
+        assert time.monotonic() - began < 15
     finally:
         hook.remove()
 

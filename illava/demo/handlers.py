@@ -69,10 +69,10 @@ class Handlers:
             for answer in self.asker.ask(prompt, None, answer_tokens=most, stop=stop):
                 session.unpatched = answer
                 yield Shown(unpatched=cards.card("unpatched", answer))
-            session.asked = prompt
-            if stop.is_set():
+            if stop.is_set():  # half an answer is nothing to compare with
                 yield Shown(patched=cards.card("illava", None, state="not asked"))
                 return
+            session.asked = prompt
             yield from self._patched(session, plan, most, 0, False)
         except Exception as error:
             yield Shown(notice=_words(error))
