@@ -52,6 +52,7 @@ class Answers:
         handle = illava.patch(model, reduction=0.778)
 
         def work(items):
+            time.sleep(0.2)  # long enough to be killed in the middle
             messages = [
                 [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": item.prompt}]}]
                 for item in items

@@ -269,6 +269,21 @@ def test_an_answer_comes_piece_by_piece(illava_says, tmp_path, monkeypatch):
     assert "nothing was merged" in error
 
 
+@pytest.mark.parametrize("command", ["run", "fidelity"])
+def test_results_of_other_data_are_not_gone_on_with(command, checkpoint, picture, illava_says, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        shutil.copy(picture, tmp_path / name / "a.jpg")
+    ask = (command, checkpoint, "--out", "out.jsonl", "--max-new-tokens", 2, "--data")
+    assert illava_says(*ask, tmp_path / "one")[0] == 0
+    before = Path("out.jsonl").read_text()
+    status, said, error = illava_says(*ask, tmp_path / "two")
+    assert (status, said) == (1, "")
+    assert "holds results of other settings: data was" in " ".join(error.split())
+    assert Path("out.jsonl").read_text() == before
+    assert illava_says(*ask, "one")[0] == 0, "the same folder by another name"
+
+
 # Options ----------------------------------------------------------------------------------------
 
 
@@ -283,6 +298,7 @@ def test_reductions_are_given_one_after_the_other():
         "--image",
         "3",
     ]
+    assert spread(["bench", "--reduction=0", "0.667"]) == ["bench", "--reduction=0", "--reduction", "0.667"]
 
 
 def test_options_say_a_plan(tmp_path):
@@ -295,6 +311,10 @@ def test_options_say_a_plan(tmp_path):
     plans = plans_of([0.5], None, "3", None, [file])
     assert plans == {"50 %": illava.Plan(None, (3,), 0.5), str(file): illava.Plan.paper(0.889)}
     assert list(plans_of(None, None, None, None, [file])) == [str(file)]
+    assert list(plans_of([0.6667, 0.66671], None, None, None, None)) == ["66.67 %", "66.671 %"]
+    for layers in (("3", None, None), (None, "3", None), (None, None, 0.3)):
+        with pytest.raises(illava.PlanError, match="says everything already; leave out --"):
+            plans_of(None, *layers, [file])
 
 
 @pytest.mark.parametrize(

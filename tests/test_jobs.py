@@ -281,13 +281,22 @@ def test_reading_keeps_a_bounded_distance_ahead(folder, monkeypatch):
     assert not [t for t in threading.enumerate() if t.name.startswith("illava-read") and t.daemon]
 
 
-def test_a_batch_that_does_not_fit_is_halved(folder, tmp_path, caplog):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_halved(error, folder, tmp_path, caplog):
     sizes = []
 
     def work(items):
         sizes.append(len(items))
         if len(items) > 2 or "005.png" in (item.key for item in items):
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return [{} for _ in items]
 
     results = tmp_path / "results.jsonl"

@@ -64,7 +64,7 @@ def test_a_process_killed_ten_times_at_random_does_each_item_once(tmp_path):
     kills = 0
     for _ in range(10):
         before = len(finished(results))
-        job = start(data, results, 0.05)
+        job = start(data, results, 0.15)
         wait_for(before + 1, results, job)
         time.sleep(chance.uniform(0, 0.25))
         job.send_signal(signal.SIGKILL)

@@ -178,6 +178,20 @@ def test_so_many_tokens_are_left(loaded, items):
         evaluate.find_plan(loaded, items[:2], max_tokens=36, max_new_tokens=2)
 
 
+def test_so_many_tokens_are_left_of_pictures_of_every_size(loaded, items, tmp_path):
+    """The largest is in no batch of its own at the front."""
+    large = write_questions(tmp_path, ("find",), 1, side=192)
+    mixed = [items[0], *map(decoded, jobs.read_items(large)), items[1]]
+    found = evaluate.find_plan(loaded, mixed, max_tokens=40, max_new_tokens=2, batch_size=1, rounds=0)
+    assert found.largest == 144
+    with illava.patch(loaded.model, plan=found.best.plan) as handle:
+        left = []
+        for item in mixed:
+            evaluate.answer(loaded, item, max_new_tokens=1)
+            left.append(handle.report.final_tokens)
+    assert 30 <= max(left) == found.best.final_tokens <= 40
+
+
 def test_a_speed_up_out_of_reach(loaded, items):
     with pytest.raises(illava.NoPlanError, match="speed-up of 50"):
         evaluate.find_plan(loaded, items[:2], speedup=50, max_new_tokens=2)

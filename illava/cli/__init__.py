@@ -1,5 +1,5 @@
-"""`illava` on the command line: one small file per command, each a table around a function of "
-"illava.evaluate."""
+"""`illava` on the command line: one small file per command, most of them a table around a function of
+`illava.evaluate`."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def finishing(kept: str = "") -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read this has gone; so do we
         raise typer.Exit(FAILED) from None
     except Exception as error:
-        from illava.evaluate.memory import is_memory
+        from illava.memory import is_memory
 
         if is_memory(error):
             _fail(

@@ -66,8 +66,8 @@ def command(
                 results,
                 batch_size=batch_size, engine=engine.value, workers=workers, frames=frames, console=notes,
                 settings={
-                    "model": model, "plans": named, "prompt": prompt, "frames": frames,
-                    "max_new_tokens": max_new_tokens, **loading,
+                    "model": model, "data": str(data.resolve()), "plans": named, "prompt": prompt,
+                    "frames": frames, "max_new_tokens": max_new_tokens, **loading,
                 },
             )  # fmt: skip
         except KeyboardInterrupt:

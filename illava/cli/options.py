@@ -129,7 +129,7 @@ def spread(arguments: Sequence[str]) -> list[str]:
         number = _is_number(argument)
         if several and number and result[-1] != "--reduction":
             result.append("--reduction")
-        several = argument == "--reduction" or (several and number)
+        several = argument.partition("=")[0] == "--reduction" or (several and number)
         result.append(argument)
     return result
 
@@ -183,8 +183,10 @@ def plans_of(
         PlanError, DataError: as `plan_of`.
     """
     chosen = reductions if reductions or files else REDUCTIONS
+    if files and not reductions:
+        plan_of(None, vit_layers, llm_layers, encoder_share, files[0])  # a file and other options at once
     plans = {
-        f"{100 * reduction:.3g} %": plan_of(reduction, vit_layers, llm_layers, encoder_share)
+        f"{100 * reduction:.6g} %": plan_of(reduction, vit_layers, llm_layers, encoder_share)
         for reduction in chosen or ()
     }
     return plans | {str(file): read_plan(file) for file in files or ()}

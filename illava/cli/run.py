@@ -140,8 +140,8 @@ def _many(
         AnswerWork.factory(model, plan, max_new_tokens=max_new_tokens, **loading),
         results,
         settings={
-            "model": model, "plan": plan.to_dict(), "prompt": prompt, "frames": job["frames"],
-            "max_new_tokens": max_new_tokens, **loading,
+            "model": model, "data": str(data.resolve()), "plan": plan.to_dict(), "prompt": prompt,
+            "frames": job["frames"], "max_new_tokens": max_new_tokens, **loading,
         },
         console=notes,
         **job,

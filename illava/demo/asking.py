@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers.video_utils import VideoMetadata
 
 from illava.demo.media import Clip, Picture
 from illava.errors import DemoError
+from illava.generation import GREEDY, cache_bytes, processed
 from illava.patching import patch
 from illava.plan import Plan
 from illava.report import Report
@@ -133,7 +135,7 @@ class Asker:
                 output = self._generate(inputs, answer_tokens, streamer=tap, stopping_criteria=stopping)
             answer = replace(
                 tap.answer,
-                cache_bytes=_bytes(getattr(output, "past_key_values", None)),
+                cache_bytes=cache_bytes(output.past_key_values),
                 peak_bytes=torch.cuda.max_memory_allocated() - before if on_cuda else None,
             )
             del output
@@ -151,14 +153,7 @@ class Asker:
     def _generate(self, inputs: dict[str, Any], answer_tokens: int, **options: Any) -> Any:
         """Greedy, so that both sides can be compared."""
         return self.model.generate(
-            **inputs,
-            max_new_tokens=answer_tokens,
-            do_sample=False,
-            temperature=None,  # these three: checkpoints that sample carry them, and
-            top_p=None,  # transformers warns when they are left over
-            top_k=None,
-            return_dict_in_generate=True,
-            **options,
+            **inputs, **GREEDY, max_new_tokens=answer_tokens, return_dict_in_generate=True, **options
         )
 
     def _inputs(self, prompt: Prompt) -> dict[str, Any]:
@@ -172,33 +167,13 @@ class Asker:
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
         images = [x.image for x in prompt.shown if isinstance(x, Picture)]
-        batch = self.processor(
-            text=[text], images=images or None, return_tensors="pt", **(_video(clips) if clips else {})
-        )
-        # Only the pixels change type: bfloat16 would also round the seconds between frames.
-        return {
-            key: value.to(self.model.dtype) if key.startswith("pixel_values") else value
-            for key, value in batch.to(self.model.device).items()
-        }
+        return processed(self.model, self.processor, [text], images, [_timed(clip) for clip in clips])
 
 
-def _video(clips: Sequence[Clip]) -> dict[str, Any]:
-    """Clips as a processor's arguments: transformers 4 reads the frame rate from `fps`, 5 from metadata."""
-    return {
-        "videos": [clip.frames for clip in clips],
-        "fps": clips[0].fps,
-        "video_metadata": [
-            {"total_num_frames": len(c.frames), "fps": c.fps, "frames_indices": list(range(len(c.frames)))}
-            for c in clips
-        ],
-        "do_sample_frames": False,
-    }
-
-
-def _bytes(cache: Any) -> int:
-    """Keys and values of all layers."""
-    held = [value for layer in getattr(cache, "layers", ()) for value in vars(layer).values()]
-    return sum(value.nbytes for value in held if isinstance(value, Tensor))
+def _timed(clip: Clip) -> tuple[Any, VideoMetadata]:
+    """A clip as `illava.jobs.pictures.read_clip` gives it."""
+    count = len(clip.frames)
+    return clip.frames, VideoMetadata(count, fps=clip.fps, frames_indices=list(range(count)))
 
 
 class _Tap(TextStreamer):

@@ -15,11 +15,11 @@ from transformers import TextStreamer
 import illava
 from illava.errors import OutOfMemoryError
 from illava.evaluate.loading import Loaded, load
-from illava.evaluate.memory import first_that_fits, free, is_memory
 from illava.evaluate.prompts import build_inputs, decoded
 from illava.evaluate.speed import Bench, bench
-from illava.evaluate.timing import GREEDY
+from illava.generation import GREEDY, answer_lengths, padding_of, tokenizer_of
 from illava.jobs import Item
+from illava.memory import first_that_fits, unless_out_of_memory
 from illava.plan import DEFAULT_REDUCTION, Plan
 from illava.report import Report
 
@@ -102,14 +102,10 @@ def answer(
         OutOfMemoryError: the prompt does not fit; says under which plan it would.
     """
     inputs = build_inputs(loaded, [decoded(item)])
-    try:
-        return _generate(loaded, inputs, plan, max_new_tokens, on_text)[0]
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_memory(error):
-            raise
-        error.__traceback__ = None  # its frames hold tensors
-    free()
-    raise OutOfMemoryError(what_fits(loaded, inputs, plan))
+    said = unless_out_of_memory(lambda: _generate(loaded, inputs, plan, max_new_tokens, on_text))
+    if said is None:
+        raise OutOfMemoryError(what_fits(loaded, inputs, plan))
+    return said[0]
 
 
 def what_fits(loaded: Loaded, inputs: dict[str, Any], plan: Plan | None) -> str:
@@ -203,9 +199,8 @@ def _generate(
 ) -> list[Answer]:
     """Answers of a batch."""
     model = loaded.model
-    tokenizer = getattr(loaded.processor, "tokenizer", loaded.processor)
+    tokenizer = tokenizer_of(loaded.processor)
     streamer = None if on_text is None else _Streamer(tokenizer, on_text)
-    pad = model.generation_config.pad_token_id
     with contextlib.nullcontext() if plan is None else illava.patch(model, plan=plan) as handle:
         start = time.perf_counter()
         ids = model.generate(
@@ -213,11 +208,11 @@ def _generate(
             **GREEDY,
             max_new_tokens=max_new_tokens,
             streamer=streamer,
-            pad_token_id=tokenizer.pad_token_id if pad is None else pad,
+            pad_token_id=padding_of(model, loaded.processor),
         )
         new = ids[:, inputs["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(new.cpu(), skip_special_tokens=True)
         seconds = time.perf_counter() - start
         report = None if handle is None else handle.report
-    counts = [int((row != tokenizer.pad_token_id).sum()) for row in new]
-    return [Answer(t.strip(), n, seconds, report) for t, n in zip(texts, counts, strict=True)]
+    lengths = answer_lengths(model, new)
+    return [Answer(t.strip(), n, seconds, report) for t, n in zip(texts, lengths, strict=True)]

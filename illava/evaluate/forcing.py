@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from illava.evaluate.loading import Loaded
-from illava.evaluate.timing import GREEDY
+from illava.generation import GREEDY, answer_lengths, padding_of, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Spoken:
 
     def texts(self, loaded: Loaded) -> list[str]:
         """The answers, without special tokens."""
-        tokenizer = getattr(loaded.processor, "tokenizer", loaded.processor)
+        tokenizer = tokenizer_of(loaded.processor)
         return [text.strip() for text in tokenizer.batch_decode(self.ids, skip_special_tokens=True)]
 
 
@@ -66,24 +66,14 @@ def speak(
     """
     listener = _Listener(answer)
     longest = max_new_tokens if answer is None else answer.shape[1]
-    tokenizer = getattr(loaded.processor, "tokenizer", loaded.processor)
-    pad = loaded.model.generation_config.pad_token_id
     ids = loaded.model.generate(
         **inputs,
         **GREEDY,
         max_new_tokens=longest,
         logits_processor=LogitsProcessorList([listener]),
-        pad_token_id=tokenizer.pad_token_id if pad is None else pad,
+        pad_token_id=padding_of(loaded.model, loaded.processor),
     )
     # Some models' `generate` gives the new tokens alone.
     start = inputs["input_ids"].shape[1] if ids.shape[1] > len(listener.heard) else 0
     new = ids[:, start:]
-    return Spoken(new, _lengths(loaded, new), listener.heard)
-
-
-def _lengths(loaded: Loaded, ids: Tensor) -> list[int]:
-    ends = loaded.model.generation_config.eos_token_id
-    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    ended = torch.isin(ids, torch.tensor(ends, device=ids.device, dtype=ids.dtype)).long()
-    after = ended.cumsum(1) - ended  # ends before each token
-    return (after == 0).sum(1).tolist()
+    return Spoken(new, answer_lengths(loaded.model, new), listener.heard)

@@ -11,7 +11,6 @@ from illava.evaluate.loading import Loaded
 from illava.evaluate.search_space import Candidate, Shown, Space
 from illava.evaluate.statistics import share
 from illava.evaluate.trials import Trials, Tried
-from illava.plan import Plan
 
 # Hears what is being tried, and how much of how many steps is done of the search's present stage.
 Progress = Callable[[str, int, int], None]
@@ -27,7 +26,7 @@ class Judge:
 
     Attributes:
         space: which candidates there are.
-        largest: visual tokens of the largest prompt.
+        largest: visual tokens of the largest prompt of all the data.
         tried: how many runs there were.
 
     Raises:
@@ -39,14 +38,18 @@ class Judge:
         self.tried = 0
         self._stage, self._done, self._total = "searching", 0, 1
         self._runs: dict[tuple[Candidate, bool], Tried] = {}
-        first = search.race(Plan(reduction=0.5), allowed=-1).reports  # sizes of the first batch's pictures
-        if not first:
+        reports, texts, self.largest = list[illava.Report](), list[int](), 0
+        for batch in (batch for trials in dict.fromkeys((search, confirm)) for batch in trials.batches):
+            if batch.shown is None:
+                continue
+            rows = _row_tokens(batch.shown, batch.items)
+            lengths = batch.inputs["attention_mask"].sum(1).tolist()
+            texts += [length - tokens for length, tokens in zip(lengths, rows, strict=True)]
+            self.largest = max(self.largest, *rows)
+            reports.append(batch.shown)
+        if not reports:
             raise DataError("the items bring no pictures; a plan is searched for on pictures and questions")
-        lengths = search.batches[0].inputs["attention_mask"].sum(1).tolist()
-        rows = _row_tokens(first[0], len(lengths))
-        self.largest = max(rows)
-        texts = [int(length) - tokens for length, tokens in zip(lengths, rows, strict=True)]
-        self.space = Space(loaded, Shown.median(first, texts))
+        self.space = Space(loaded, Shown.median(reports, texts))
 
     def stage(self, name: str, done: int = 0, total: int = 1) -> None:
         """What the runs from here on are part of."""

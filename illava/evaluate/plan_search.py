@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from illava.errors import DataError, OutOfMemoryError, PlanError
@@ -12,11 +13,11 @@ from illava.evaluate.by_cost import Nearest, as_fast_as, as_few_as
 from illava.evaluate.found import BEST, DEFAULT, Choice, Found
 from illava.evaluate.judge import Judge, Progress
 from illava.evaluate.loading import Loaded
-from illava.evaluate.memory import free, is_memory
 from illava.evaluate.prompts import decoded
 from illava.evaluate.speed import Bench, bench, calls
 from illava.evaluate.trials import Trials
 from illava.jobs import Item
+from illava.memory import unless_out_of_memory
 
 # Fewer items than this are not halved into some to search with and some to confirm on.
 HALVED_FROM = 40
@@ -100,13 +101,9 @@ def find_plan(
 def _fitting(loaded: Loaded, items: Sequence[Item], batch_size: int, max_new_tokens: int) -> Trials:
     """Trials in batches that fit: what does not is halved."""
     while True:
-        try:
-            return Trials(loaded, items, batch_size, max_new_tokens)
-        except (MemoryError, RuntimeError) as error:
-            if not is_memory(error):
-                raise
-            error.__traceback__ = None  # its frames hold tensors
-        free()
+        trials = unless_out_of_memory(partial(Trials, loaded, items, batch_size, max_new_tokens))
+        if trials is not None:
+            return trials
         if batch_size == 1:
             raise OutOfMemoryError(
                 f"{loaded.name} runs out of memory, unpatched, with a single item; a search needs its "

@@ -7,8 +7,9 @@ from typing import Any
 
 from illava.errors import CheckpointError, DataError
 from illava.evaluate.loading import Loaded, first_line
+from illava.generation import processed
 from illava.jobs import Item, Skipped, decode
-from illava.jobs.pictures import clip_options, correct_times
+from illava.memory import is_memory
 
 
 def decoded(item: Item | Skipped) -> Item:
@@ -55,28 +56,24 @@ def build_inputs(loaded: Loaded, items: Sequence[Item]) -> dict[str, Any]:
             f"{loaded.name} has no processor, so it cannot be shown pictures; copy its "
             "preprocessor_config.json, tokenizer.json and chat template beside config.json"
         )
-    clips = [clip for item in items for clip in item.clips]
-    if clips and getattr(processor, "video_processor", None) is None:
-        raise DataError(f"{loaded.name} takes pictures only; leave {items[0].source} and other videos out")
+    films = [item for item in items if item.clips]
+    if films and getattr(processor, "video_processor", None) is None:
+        raise DataError(f"{loaded.name} takes pictures only; leave {_named(films)} out")
     texts = [_written(loaded, item) for item in items]
-    options: dict[str, Any] = {}
-    if pictures := [picture for item in items for picture in item.pictures]:
-        options["images"] = pictures
-    if clips:
-        options |= clip_options(clips)
+    pictures = [picture for item in items for picture in item.pictures]
+    clips = [clip for item in films for clip in item.clips]
     try:
-        batch = processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **options)
+        return processed(loaded.model, processor, texts, pictures, clips)
     except (ValueError, RuntimeError, TypeError) as error:
-        raise DataError(
-            f"{loaded.name}'s processor refuses {items[0].source}: {first_line(error)}"
-        ) from error
-    correct_times(batch, processor, clips)
-    # Only the pixels change type: bfloat16 would also round the seconds between frames.
-    return {
-        name: x.to(loaded.device, loaded.model.dtype if name.startswith("pixel_values") else x.dtype)
-        for name, x in batch.items()
-        if hasattr(x, "to")
-    }
+        if is_memory(error):
+            raise
+        raise DataError(f"{loaded.name}'s processor refuses {_named(items)}: {first_line(error)}") from error
+
+
+def _named(items: Sequence[Item]) -> str:
+    """One item by its source, several by the first and the last: which of them it was, nobody says."""
+    first, last = items[0].source, items[-1].source
+    return first if len(items) == 1 else f"one of {len(items)} items, {first} to {last}"
 
 
 def _written(loaded: Loaded, item: Item) -> str:

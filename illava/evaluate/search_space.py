@@ -43,9 +43,9 @@ class Candidate:
     @property
     def plan(self) -> Plan:
         """As `illava.patch` takes it."""
-        share = round(self.encoder_removes / self.reduction, 4) if self.reduction else 0.4
-        if not (self.vit_layers and self.llm_layers):
-            share = 0.4  # one stage removes everything, whatever is said
+        share = Plan().encoder_share
+        if self.vit_layers and self.llm_layers and self.reduction:  # one stage alone removes everything
+            share = round(self.encoder_removes / self.reduction, 4)
         return Plan(self.vit_layers, self.llm_layers, self.reduction, share)
 
     @property
@@ -142,7 +142,8 @@ class Space:
 
     def default(self, reduction: float) -> Candidate:
         """The family's default plan."""
-        return Candidate(self.seams.vit_default, self.seams.llm_default, 0.4 * reduction, reduction)
+        removes = Plan().encoder_share * reduction
+        return Candidate(self.seams.vit_default, self.seams.llm_default, removes, reduction)
 
     def cost(self, candidate: Candidate) -> float:
         """Operations of a prefill, as a share of the unpatched model's."""

@@ -8,14 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 import illava
 from illava.errors import OutOfMemoryError
 from illava.evaluate.loading import Loaded
-from illava.evaluate.memory import free, is_memory
 from illava.evaluate.statistics import Estimate, middle
 from illava.evaluate.timing import Decoding, Peak, Prefill, Side
+from illava.memory import unless_out_of_memory
 from illava.plan import Plan
 from illava.report import Report
 
@@ -122,10 +120,21 @@ class _Arm:
     prefills: list[list[tuple[Prefill, Prefill | None]]] = field(default_factory=list)
     decodings: list[list[tuple[Decoding, Decoding | None]]] = field(default_factory=list)
 
-    def patched(self, model: Any) -> Any:
-        if self.plan is None:
-            return contextlib.nullcontext()
-        return illava.patch(model, plan=self.plan)
+    def run(self, model: Any, call: Callable[[illava.Handle | None], Any]) -> Any:
+        """What a call returns under this plan; running out of memory costs the arm, not the run."""
+
+        def patched() -> Any:
+            with (
+                contextlib.nullcontext()
+                if self.plan is None
+                else illava.patch(model, plan=self.plan) as handle
+            ):
+                return call(handle)
+
+        result = unless_out_of_memory(patched)
+        if result is None:
+            self.status = OUT_OF_MEMORY
+        return result
 
 
 def bench(
@@ -191,13 +200,17 @@ def calls(inputs: int, plans: int, *, rounds: int, warmup: int = 1, new_tokens: 
 
 def _warm_up(arm: _Arm, sides: Sequence[Side], warmup: int, progress: Callable[[str], None]) -> None:
     for side in sides:
-        with _guarded(arm), arm.patched(side.model) as handle:
+
+        def calls(handle: illava.Handle | None, side: Side = side) -> bool:
             for _ in range(warmup):
                 progress(f"warming up: {arm.name}")
                 side.prefill()
             arm.peaks.append(side.peak())
             if handle is not None and handle.report is not None:
                 arm.reports.append(handle.report)
+            return True
+
+        arm.run(side.model, calls)
 
 
 def _round(
@@ -215,11 +228,7 @@ def _round(
 
             def measured(arm: _Arm, side: Side = side, verb: str = verb, measure: Any = measure) -> Any:
                 progress(f"{verb}: {arm.name}")
-                if arm.status != OK:
-                    return None
-                with _guarded(arm), arm.patched(side.model):
-                    return measure(side)
-                return None
+                return arm.run(side.model, lambda _: measure(side)) if arm.status == OK else None
 
             before = measured(unpatched)
             own = [measured(arm) for arm in arms]
@@ -239,20 +248,6 @@ def _mean(a: Any, b: Any) -> Any:
         return Decoding(a.tokens_per_s + b.tokens_per_s, (a.requests_per_s + b.requests_per_s) / 2)
     times = {name: (getattr(a, name) + getattr(b, name)) / 2 for name in _TIMES}
     return Prefill(**times, kv_bytes=a.kv_bytes)
-
-
-@contextlib.contextmanager
-def _guarded(arm: _Arm) -> Any:
-    """Running out of memory costs the arm, not the run."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_memory(error):
-            raise
-        arm.status = OUT_OF_MEMORY
-        error.__traceback__ = None  # its frames hold tensors
-    if arm.status == OUT_OF_MEMORY:
-        free()
 
 
 def _row(arm: _Arm, unpatched: _Arm, rounds: int, tokens: int) -> Row:

@@ -20,11 +20,7 @@ from torch import nn
 
 from illava.families import family_of
 from illava.families.seams import Seams
-
-# Checkpoints that sample carry the last three, and transformers warns when they are left over.
-GREEDY: dict[str, Any] = {
-    "do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None
-}  # fmt: skip
+from illava.generation import GREEDY, cache_bytes
 
 
 class Clock:
@@ -211,9 +207,3 @@ class Side:
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-def cache_bytes(cache: Any) -> int:
-    """Keys and values of all layers."""
-    held = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
-    return sum(x.nbytes for x in held if x is not None)  # linear attention has neither

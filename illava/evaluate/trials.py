@@ -26,6 +26,7 @@ class Batch:
     Attributes:
         inputs: of `generate`, on the host.
         items: how many.
+        shown: the sizes of its pictures; `None` without any.
         answer: the unpatched model's.
         choices: `[items, n]` token it chose at each step.
         changed: answers that plans have changed so far.
@@ -33,6 +34,7 @@ class Batch:
 
     inputs: dict[str, Any]
     items: int
+    shown: Report | None
     answer: Spoken
     choices: Tensor
     changed: int = 0
@@ -78,7 +80,11 @@ class Trials:
         answer = speak(self._loaded, inputs, self._max_new_tokens)
         choices = torch.stack([scores.argmax(-1) for scores in answer.scores], dim=1)
         kept = Spoken(answer.ids, answer.lengths, [])  # distributions of all the data would not fit
-        return Batch({name: x.cpu() for name, x in inputs.items()}, len(items), kept, choices)
+        # Only a merge knows how many visual tokens each picture becomes, in every family.
+        with illava.patch(self._loaded.model, plan=Plan(reduction=0.5)) as handle:
+            speak(self._loaded, inputs, 1)
+        on_host = {name: x.cpu() for name, x in inputs.items()}
+        return Batch(on_host, len(items), handle.report, kept, choices)
 
     def on_device(self, batch: Batch) -> dict[str, Any]:
         """A batch's inputs where the model is."""

@@ -11,7 +11,8 @@ import torch
 
 from illava.errors import DataError
 from illava.extras import pillow
-from illava.jobs.pictures import DEFAULT_FRAMES, clip_options, correct_times, read_clip
+from illava.generation import answer_lengths, processed, tokenizer_of
+from illava.jobs.pictures import DEFAULT_FRAMES, read_clip
 from illava.patching import Handle, patch
 from illava.plan import Plan
 
@@ -70,7 +71,7 @@ class Answerer:
     def answer(
         self, conversations: Sequence[Sequence[Mapping[str, Any]]], **generation: Any
     ) -> list[tuple[str, int]]:
-        """Answers to conversations, and how many tokens each has.
+        """Answers to conversations, and how many tokens each has, its end included.
 
         Args:
             conversations: messages in transformers' form; the content of each is a list of
@@ -83,10 +84,8 @@ class Answerer:
         """
         inputs = self.inputs(conversations)
         ids = self.model.generate(**inputs, **generation)[:, inputs["input_ids"].shape[1] :]
-        tokenizer = self.processor.tokenizer
-        special = torch.tensor(tokenizer.all_special_ids, device=ids.device)
-        lengths = (~torch.isin(ids, special)).sum(-1).tolist()
-        return list(zip(tokenizer.batch_decode(ids, skip_special_tokens=True), lengths, strict=True))
+        texts = tokenizer_of(self.processor).batch_decode(ids, skip_special_tokens=True)
+        return list(zip(texts, answer_lengths(self.model, ids), strict=True))
 
     def inputs(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
         """Conversations as inputs of `generate`: one batch, padded on the left, on the model's device."""
@@ -101,17 +100,7 @@ class Answerer:
             )
             for messages in conversations
         ]
-        options: dict[str, Any] = {"images": images} if images else {}
-        if clips:
-            options |= clip_options(clips)
-        inputs = self.processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **options)
-        correct_times(inputs, self.processor, clips)
-        # Only pixels take the model's type: in bfloat16, times and places would be rounded.
-        return {
-            name: value.to(self.model.device, self.model.dtype if name.startswith("pixel_values") else None)
-            for name, value in inputs.items()
-            if isinstance(value, torch.Tensor)
-        }
+        return processed(self.model, self.processor, texts, images, clips)
 
     def _clip(self, file: str | Path) -> tuple[Any, Any]:
         try:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from illava.errors import JobError
 from illava.jobs.items import Item, Skipped
+from illava.memory import free, is_memory
 
 Work = Callable[[list[Item]], list[dict[str, Any]]]
 Factory = Callable[[], Work]
@@ -45,12 +45,12 @@ def _attempt(work: Work, items: list[Item]) -> list[Record]:
         failure = error
     else:
         return _checked(items, results)
-    if not _out_of_memory(failure):
+    if not is_memory(failure):
         if len(items) > 1:
             return [record for item in items for record in _attempt(work, [item])]
         return [_failed(items[0], f"{type(failure).__name__}: {failure}")]
     del failure  # its traceback holds the tensors that did not fit
-    _free()
+    free()
     if len(items) == 1:
         remedy = "a smaller picture or a plan with a higher reduction needs less"
         return [_failed(items[0], f"out of memory with this item alone; {remedy}")]
@@ -79,14 +79,3 @@ def _checked(items: list[Item], results: Any) -> list[Record]:
 
 def _failed(item: Item, reason: str) -> Record:
     return {"key": item.key, "source": item.source, "failed": reason}
-
-
-def _out_of_memory(error: Exception) -> bool:
-    torch = sys.modules.get("torch")  # without torch, no tensor was too large
-    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
-
-
-def _free() -> None:
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
