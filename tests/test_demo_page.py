@@ -21,7 +21,7 @@ from illava.plan import Plan
 
 @pytest.fixture(scope="module")
 def server():
-    pytest.importorskip("gradio", reason='the web page needs Gradio: pip install "illava[demo]"')
+    pytest.importorskip("gradio", reason='the web page needs Gradio: pip install ".[demo]"')
     from illava.demo.loading import default_model, load
     from illava.demo.server import Server
 

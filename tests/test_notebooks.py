@@ -10,9 +10,7 @@ MOST_BYTES = 400_000
 # What the last cells of each put out.
 LAST = {"quickstart": "image/jpeg", "choose_a_plan": '"reduction": '}
 
-nbformat = pytest.importorskip(
-    "nbformat", reason='notebooks are read with nbformat: pip install "illava[test]"'
-)
+nbformat = pytest.importorskip("nbformat", reason='notebooks are read with nbformat: pip install ".[test]"')
 
 
 def code(notebook):

@@ -72,7 +72,7 @@ def test_the_script_says_that_nobody_ran_it():
 def test_lmms_eval_knows_every_task():
     found = importlib.util.find_spec("lmms_eval")
     if found is None:
-        pytest.skip('needs lmms-eval: pip install "illava[lmms-eval]"')
+        pytest.skip('needs lmms-eval: pip install ".[lmms-eval]"')
     lines = [shlex.split(line) for line in commands()]
     said = [words[words.index("--tasks") + 1] for words in lines if "--tasks" in words]
     asked = {task for tasks in said for task in tasks.split(",")}
