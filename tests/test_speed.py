@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bounds
 import pytest
 import torch
 import transformers
-from bounds import bound_of
 from prefill_models import build_config, build_model
 from speed import plan_work
 from speed_cases import (
@@ -127,7 +127,7 @@ def test_models_have_the_sizes_of_their_checkpoints():
 
 def test_bounds_at_true_sizes():
     """Those that `RIVALS` and the README state, and the one of the paper's layers beside it."""
-    seams, bound = bound_of("qwen2.5-vl-7b")
+    seams, bound = bounds.bound_of("qwen2.5-vl-7b")
     early = plan_of(Arm(EARLY, 0.889), seams)
     assert bound(early, 4096, 64) == pytest.approx(4.4, abs=0.05)
     assert bound(early, 16384, 64) == pytest.approx(4.6, abs=0.05)
@@ -139,6 +139,13 @@ def test_bounds_at_true_sizes():
         f"{bound(plan, 1024, 32):.2f}" for plan in (illava.Plan(reduction=0.889), illava.Plan.paper(0.889))
     ]
     assert list(said.groups()) == own
+
+
+def test_bounds_are_printed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bounds.py", "--reduction", "0.889"])
+    bounds.main()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "Qwen2.5-VL-7B" in line]
+    assert [cell.strip() for cell in line.split("│")[2:5]] == ["88.9%", "2.31x", "2.35x"]
 
 
 @pytest.mark.parametrize(("model", "attn", "has"), [
