@@ -1,22 +1,29 @@
 """Behind the web page: files within bounds, tabs that are forgotten, the error where Gradio is missing."""
 
+import importlib.util
 import inspect
 import os
 import struct
 import sys
+import threading
 import zlib
+from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 import illava.demo
 from illava.cli import app
 from illava.demo import media
+from illava.demo.asking import Prompt
+from illava.demo.loading import default_model, load
 from illava.demo.media import Clip, Limits, Picture
 from illava.demo.samples import FOLDER, SAMPLES
 from illava.demo.sessions import Sessions
 from illava.errors import DemoError, MissingExtraError, UploadError
+from illava.plan import Plan
 
 # ---------------------------------------------------------------- without Gradio
 
@@ -54,6 +61,26 @@ def test_examples_are_pictures_and_a_clip_within_the_limits():
     clip = media.read(FOLDER / "clip.mp4", Limits(clip_frames=4, clip_side=48))
     assert clip.frames.shape == (4, 48, 48, 3)
     assert clip.fps == pytest.approx(12)  # eight frames at 24 a second, every other one
+
+
+def test_merging_changes_the_answer_to_the_fourth_example_alone():
+    """As docs/demo.md says: of those with pictures (4.57 places a clip's frames as 5.x does not)."""
+    torch.set_num_threads(1)
+    asker, changes = load(default_model(), "cpu"), []
+    for sample in SAMPLES[:5]:
+        prompt = Prompt([media.read(Path(file), Limits()) for file in sample.files], sample.question)
+        said = [
+            [*asker.ask(prompt, plan, answer_tokens=16, stop=threading.Event())][-1]
+            for plan in (None, Plan(reduction=0.778))
+        ]
+        assert said[1].report.final_tokens < said[1].report.tokens / 4
+        changes.append(said[0].text != said[1].text)
+    asker.close()
+    assert changes == [False, False, False, True, False]
+    if importlib.util.find_spec("gradio"):
+        from illava.demo.controls import REDUCTION
+
+        assert REDUCTION == 77.8
 
 
 def test_a_large_picture_is_shrunk_and_turned_upright(tmp_path):
