@@ -43,7 +43,8 @@ their size, knows some sixty words, and has seen nothing but these pictures.
 **Questions it answers** (one a prompt, lower case, after the picture):
 `which digit is red ?` · `what is left of the red digit ?` (`right of`, `above`, `below`) ·
 `how many red digits are there ?` (`digits`, `circles`, ...) · `what is written ?` ·
-`in which picture is the red digit ?` · `in which order did the digits appear ?` (a video).
+`in which picture is the red digit ?` · `in which order did the digits appear ?` (a video; not on transformers
+4.57, which rounds the time between frames down to whole seconds, so that these are all at once).
 
 **Data.** scikit-learn's handwritten digits, photographs of scikit-learn, scikit-image and matplotlib, and
 matplotlib's fonts, drawn by `benchmarks/readers/scenes.py`. Digits, photographs, fonts and strings of
