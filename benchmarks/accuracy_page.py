@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from accuracy_ablations import GROUPS
 from accuracy_show import Row, lines
 
+from readers.card import WEAK_BELOW
+
 BEGIN, END = "<!-- accuracy tables -->", "<!-- end of accuracy tables -->"
 SHOWN = ("0.7778", "0.9500")  # of pictures and of video
 INTRO = """\
@@ -53,9 +55,30 @@ def measured_with(rows: Sequence[Row]) -> str:
     return f"{items} items a task, ± half of the 95 % interval; {'; '.join(sorted(versions))}."
 
 
+def weak(rows: Sequence[Row]) -> list[str]:
+    """A paragraph on the tasks that a reader is weak at before anything is removed, if there are any."""
+    found = {
+        f"{row['task']} ({row['reader']}: {int(row['right']) / int(row['items']):.0%} right unpatched)"
+        for row in rows
+        if row["method"] == "unpatched" and int(row["right"]) < WEAK_BELOW * int(row["items"])
+    }
+    if not found:
+        return []
+    said = f"**The reader itself is weak at** {', '.join(sorted(found))}."
+    return [
+        f"{said} What a method keeps of that says little, though `kept` counts it as much as any task.",
+        "",
+    ]
+
+
 def notes(rows: Sequence[Row]) -> list[str]:
-    """What could not be measured, and why."""
-    return sorted({f"- {row['method']}: {row['note']}" for row in rows if row["note"]})
+    """What could not be measured, and why: a line a reason, with all that was asked."""
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        if row["note"]:
+            reason, _, asked = row["note"].partition("; asked ")
+            found.setdefault(f"- {row['method']}: {reason}", set()).update([asked] if asked else [])
+    return [f"{said}; asked {', '.join(sorted(of))}" if of else said for said, of in sorted(found.items())]
 
 
 def readme_block(rows: Sequence[Row]) -> str:
@@ -69,7 +92,7 @@ def readme_block(rows: Sequence[Row]) -> str:
     unpatched = [row for row in asked if float(row["reduction"]) == 0]
     first = [row for row in asked if row["reduction"] in SHOWN]
     folded = [row for row in asked if row not in first and row not in unpatched]
-    parts = [BEGIN, measured_with(asked), "", markdown([*unpatched, *first])]
+    parts = [BEGIN, measured_with(asked), "", *weak(asked), markdown([*unpatched, *first])]
     if folded:
         removed = ", ".join(f"{float(share):.1%}" for share in sorted({row["reduction"] for row in folded}))
         parts += [f"<details><summary>{removed} removed</summary>", "", markdown([*unpatched, *folded])]
@@ -83,7 +106,7 @@ def page(rows: Sequence[Row]) -> str:
     validation = [row for row in rows if row["split"] == "validation"]
     parts = [INTRO]
     if test:
-        parts += ["## Methods", "", measured_with(test), "", markdown(test)]
+        parts += ["## Methods", "", measured_with(test), "", *weak(test), markdown(test)]
         parts += [*notes(test), ""] if notes(test) else []
     if validation:
         parts += [
@@ -91,6 +114,7 @@ def page(rows: Sequence[Row]) -> str:
             "",
             f"The validation split, on which plans are chosen. {measured_with(validation)}",
             "",
+            *weak(validation),
         ]
     for group, plans in GROUPS.items():
         own = [row for row in validation if row["method"] in plans]

@@ -26,7 +26,7 @@ try:
     from readers import batches, tasks
 except ModuleNotFoundError as missing:
     raise SystemExit(
-        f'answers.py needs {missing.name}, which is not installed: run `pip install "illava[examples]"`'
+        f'answers.py needs {missing.name}, which is not installed: run `pip install ".[examples]"`'
     ) from missing
 
 READER = ROOT / "checkpoints" / "qwen2_5_vl"

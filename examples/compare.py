@@ -39,7 +39,7 @@ try:
     import tiny_checkpoint
 except ModuleNotFoundError as missing:
     raise SystemExit(
-        f'compare.py needs {missing.name}, which is not installed: run `pip install "illava[examples]"`'
+        f'compare.py needs {missing.name}, which is not installed: run `pip install ".[examples]"`'
     ) from missing
 
 MAX_FRAMES = 16

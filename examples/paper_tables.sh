@@ -27,7 +27,8 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHONPATH="$here/benchmarks${PYTHONPATH:+:$PYTHONPATH}" # the rivals
 
 # The paper's settings (section 4.1): 40 % of the removed tokens in encoder blocks 5, 9, 13, the others in
-# decoder layers 2, 8, 14. PLAN= (empty) takes illava's own defaults instead.
+# decoder layers 2, 8, 14. PLAN= (empty) takes illava's own defaults instead, in tables 1 and 2; table 3 says why
+# it takes those in any case.
 PLAN=${PLAN-,vit_layers=5-9-13,llm_layers=2-8-14,encoder_share=0.4}
 RIVALS="fastervlm pyramiddrop sparsevlm visionzip"
 
@@ -47,6 +48,18 @@ vlmeval() {
   do_it python -c "$script sys.argv = ['run', '--model', '$3', '--data', *'$2'.split(), '--work-dir', '$OUT/$1']; main()"
 }
 
+# in_python PLAN: the same settings as arguments of a call: ",a=1-2,b=0.4" is ", a='1-2', b=0.4"
+in_python() {
+  local setting value
+  local -a settings
+  IFS=, read -ra settings <<<"${1#,}"
+  for setting in "${settings[@]}"; do
+    value=${setting#*=}
+    if [[ ! $value =~ ^[0-9]*\.?[0-9]+$ ]]; then value="'$value'"; fi
+    printf ", %s=%s" "${setting%%=*}" "$value"
+  done
+}
+
 # rows NAME CHECKPOINT TASKS REDUCTION: ours and every rival at one reduction
 rows() {
   lmms "$1/illava_$4" "$2" "$3" "reduction=$4$PLAN"
@@ -64,8 +77,7 @@ table1() { # images, Qwen2.5-VL 7B; MMBench V1.1 is in VLMEvalKit only
   local reduction rival
   for reduction in 0.667 0.778 0.889; do
     rows table1 "$QWEN" "$tasks" "$reduction"
-    vlmeval "table1/illava_$reduction" MMBench_DEV_EN_V11 m \
-      "$v11, reduction=$reduction, vit_layers='5-9-13', llm_layers='2-8-14', encoder_share=0.4)"
+    vlmeval "table1/illava_$reduction" MMBench_DEV_EN_V11 m "$v11, reduction=$reduction$(in_python "$PLAN"))"
     for rival in $RIVALS; do
       vlmeval "table1/${rival}_$reduction" MMBench_DEV_EN_V11 m \
         "$v11, plan='rivals.at_harness:$rival', reduction=$reduction)"

@@ -24,7 +24,7 @@ try:
     from readers import batches, tasks
 except ModuleNotFoundError as missing:
     raise SystemExit(
-        f'see.py needs {missing.name}, which is not installed: run `pip install "illava[examples,see]"`'
+        f'see.py needs {missing.name}, which is not installed: run `pip install ".[examples,see]"`'
     ) from missing
 
 READER = ROOT / "checkpoints" / "qwen2_5_vl"

@@ -37,7 +37,7 @@ try:
     from illava.harness.arguments import plan_from_arguments
 except ModuleNotFoundError as missing:
     raise SystemExit(
-        f'serve.py needs {missing.name}, which is not installed: run `pip install "illava[serve]"`'
+        f'serve.py needs {missing.name}, which is not installed: run `pip install ".[serve]"`'
     ) from missing
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from accuracy_ablations import GROUPS, PLANS
 from accuracy_measure import Cell, load, measure, pack, ready, unpack
-from accuracy_page import TITLES, page, readme_block
+from accuracy_page import TITLES, notes, page, readme_block, weak
+from accuracy_show import kept
 
 from readers import tasks
 
@@ -68,10 +69,83 @@ def test_the_readme_has_the_tables_of_the_csv():
     assert readme_block(rows) in (ROOT / "README.md").read_text(), "run accuracy.py --show --readme"
 
 
+def shares(budget, reduction):
+    """What each method keeps, with its interval, on the test split; methods that cannot are left out."""
+    rows = accuracy.done(accuracy.RESULTS / "accuracy.csv").values()
+    found = {}
+    for row in rows:
+        if row["split"] == "test":
+            found.setdefault((row["budget"], row["reduction"], row["method"]), {})[row["task"]] = row
+    base = found["tokens", "0.0000", "unpatched"]
+    kept_by = {
+        method: kept([row[t] for t in tasks.TASKS if t in row], [base[t] for t in tasks.TASKS if t in row])
+        for (own, of, method), row in found.items()
+        if (own, of) == (budget, f"{reduction:.4f}")
+    }
+    return {method: share for method, share in kept_by.items() if share}
+
+
+def best(budget, reduction, among=("VisionZip", "FasterVLM", "illava later")):
+    own = shares(budget, reduction)
+    return sorted((m for m in among if m in own), key=lambda method: -own[method][0])
+
+
+def test_what_the_readme_says_of_the_tables():
+    said = " ".join((ROOT / "README.md").read_text().split())
+    assert "their intervals overlap at every reduction" in said
+    for budget in ("tokens", "compute"):
+        for reduction, second in ((2 / 3, "FasterVLM"), (7 / 9, "FasterVLM"), (8 / 9, "illava later")):
+            assert best(budget, reduction)[:2] == ["VisionZip", second]
+            own = [shares(budget, reduction)[method] for method in best(budget, reduction)]
+            assert max(low for _, low, _ in own) <= min(high for *_, high in own)
+    every = list(shares("tokens", 0.95))
+    assert best("tokens", 0.95, every)[:2] == best("compute", 0.9, every)[:2] == ["FasterVLM", "illava later"]
+    assert best("tokens", 0.9, every)[:3] == ["FasterVLM", "VisionZip", "illava later"]
+    assert shares("compute", 0.95)["FasterVLM"] == shares("compute", 0.95)["VisionZip"]
+    assert "illava later" not in shares("compute", 0.95)
+
+
+def test_the_later_plan_is_the_cheapest_choice_of_layers_that_lost_nothing():
+    """As rivals/ours.py says."""
+    rows = accuracy.done(accuracy.RESULTS / "accuracy.csv").values()
+    own = {row["method"]: row for row in rows if row["split"] == "validation"}
+    whole = [m for m in GROUPS["layers"] if own[m]["right"] == own["unpatched"]["right"]]
+    assert min(whole, key=lambda method: float(own[method]["area"])) == "encoder 3"
+    assert "encoder 2, 4, 6" in whole
+    assert {"encoder 1", "encoder 2"}.isdisjoint(own)
+
+
 def test_the_page_has_every_table_of_the_csv():
     rows = list(accuracy.done(accuracy.RESULTS / "accuracy.csv").values())
     assert page(rows) == (ROOT / "docs/accuracy.md").read_text(), "run accuracy.py --show --readme"
     assert set(TITLES) == set(GROUPS)
+
+
+def row_of(**values):
+    return {
+        "reader": "r",
+        "method": "unpatched",
+        "task": "find",
+        "items": "100",
+        "right": "90",
+        "note": "",
+    } | values
+
+
+def test_tasks_that_the_reader_itself_is_weak_at_are_named_above_the_tables():
+    rows = [row_of(), row_of(task="count", right="79"), row_of(task="text", right="80")]
+    rows += [row_of(method="FastV", right="1")]  # that is what the table is about
+    assert "weak at** count (r: 79% right unpatched)." in weak(rows)[0]
+    assert "find" not in weak(rows)[0]
+    assert "text" not in weak(rows)[0]
+    assert weak(rows[:1]) == []
+
+
+def test_what_cannot_be_stands_once_for_each_reason():
+    said = "computes 63% even with one token left"
+    rows = [row_of(method="FastV", note=f"{said}; asked {asked}") for asked in ("60%", "51%", "60%")]
+    rows += [row_of(method="FastV", note="needs text"), row_of(method="AIM", note=said), row_of()]
+    assert notes(rows) == [f"- AIM: {said}", f"- FastV: {said}; asked 51%, 60%", "- FastV: needs text"]
 
 
 def test_packing_and_going_on(tmp_path):

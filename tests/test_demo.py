@@ -1,22 +1,30 @@
 """Behind the web page: files within bounds, tabs that are forgotten, the error where Gradio is missing."""
 
+import importlib.util
 import inspect
 import os
 import struct
 import sys
+import threading
 import zlib
+from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from PIL import Image
 from typer.testing import CliRunner
 
 import illava.demo
 from illava.cli import app
 from illava.demo import media
+from illava.demo.asking import Prompt
+from illava.demo.loading import default_model, load
 from illava.demo.media import Clip, Limits, Picture
 from illava.demo.samples import FOLDER, SAMPLES
 from illava.demo.sessions import Sessions
 from illava.errors import DemoError, MissingExtraError, UploadError
+from illava.plan import Plan
 
 # ---------------------------------------------------------------- without Gradio
 
@@ -54,6 +62,27 @@ def test_examples_are_pictures_and_a_clip_within_the_limits():
     clip = media.read(FOLDER / "clip.mp4", Limits(clip_frames=4, clip_side=48))
     assert clip.frames.shape == (4, 48, 48, 3)
     assert clip.fps == pytest.approx(12)  # eight frames at 24 a second, every other one
+
+
+def test_examples_are_answered_as_their_page_says():
+    """Merging changes the answer to the fourth alone; 4.57 has all frames of the clip at once."""
+    torch.set_num_threads(1)
+    asker, said = load(default_model(), "cpu"), []
+    for sample in SAMPLES:
+        prompt = Prompt([media.read(Path(file), Limits()) for file in sample.files], sample.question)
+        for plan in (None, Plan(reduction=0.778)):
+            (*_, answer) = asker.ask(prompt, plan, answer_tokens=16, stop=threading.Event())
+            said.append(answer.text.strip())
+        assert answer.report.final_tokens < answer.report.tokens / 4
+    asker.close()
+    unpatched, patched = said[::2], said[1::2]
+    assert [a != b for a, b in zip(unpatched, patched, strict=True)][:5] == [False, False, False, True, False]
+    on_5 = not transformers.__version__.startswith("4.")
+    assert [answer == "zero two six" for answer in (unpatched[5], patched[5])] == [on_5, on_5]
+    if importlib.util.find_spec("gradio"):
+        from illava.demo.controls import REDUCTION
+
+        assert REDUCTION == 77.8
 
 
 def test_a_large_picture_is_shrunk_and_turned_upright(tmp_path):

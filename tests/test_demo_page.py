@@ -2,6 +2,8 @@
 
 import http.client
 import json
+import os
+import tempfile
 import threading
 import time
 import urllib.error
@@ -12,8 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
 from illava.demo import asking, media
+from illava.demo.loading import default_model, load
 from illava.demo.media import Limits
 from illava.demo.samples import FOLDER, SAMPLES
 from illava.plan import Plan
@@ -21,8 +25,7 @@ from illava.plan import Plan
 
 @pytest.fixture(scope="module")
 def server():
-    pytest.importorskip("gradio", reason='the web page needs Gradio: pip install "illava[demo]"')
-    from illava.demo.loading import default_model, load
+    pytest.importorskip("gradio", reason='the web page needs Gradio: pip install ".[demo]"')
     from illava.demo.server import Server
 
     torch.set_num_threads(1)
@@ -67,6 +70,28 @@ def ask(server, tab, sample=SAMPLES[0], question=None, plan=None):
     gallery = [(file, None) for file in sample.files]
     chosen = plan_of(server) if plan is None else plan
     return list(server.handlers.ask(tab, gallery, question or sample.question, 8, *chosen))
+
+
+@pytest.mark.parametrize("part", ["page.draw_page", "page.theme", "handlers.Handlers"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_page_that_cannot_be_opened_leaves_nothing_behind(part, error, tmp_path, monkeypatch):
+    pytest.importorskip("gradio", reason='the web page needs Gradio: pip install ".[demo]"')
+    from illava.demo.server import Server
+
+    def fail(*_):
+        raise error("no page")
+
+    monkeypatch.setattr(f"illava.demo.{part}", fail)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "before")
+    asker = asking.Asker(AutoModelForImageTextToText.from_pretrained(default_model()), None, "reader")
+    asker._thread.submit(int).result()  # there is a thread now
+    (thread,) = asker._thread._threads
+    with pytest.raises(error, match="no page"):
+        Server(asker, host="127.0.0.1", port=free_port())
+    assert list(tmp_path.iterdir()) == []
+    assert os.environ["GRADIO_TEMP_DIR"] == "before"
+    assert not thread.is_alive()
 
 
 def test_both_sides_answer_and_say_what_it_cost(server, tab):

@@ -105,7 +105,7 @@ def test_a_patched_model_killed_and_gone_on_with_says_what_it_says_undisturbed(c
 
 
 def test_two_workers_of_a_ray_cluster_one_of_them_killed(checkpoint, tmp_path):
-    pytest.importorskip("ray", reason='needs Ray: pip install "illava[ray]"')
+    pytest.importorskip("ray", reason='needs Ray: pip install ".[ray]"')
     data, results = pictures(tmp_path / "data", 100), tmp_path / "results.jsonl"
     job = start(data, results, "answers", "ray", checkpoint)
     deadline = time.monotonic() + 200

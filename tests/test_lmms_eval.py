@@ -17,7 +17,7 @@ import illava
 from answers import say
 from readers import batches, tasks
 
-pytest.importorskip("lmms_eval", reason='needs lmms-eval: pip install "illava[lmms-eval]"')
+pytest.importorskip("lmms_eval", reason='needs lmms-eval: pip install ".[lmms-eval]"')
 
 from illava.harness import lmms_eval_model  # noqa: E402
 

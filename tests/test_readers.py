@@ -1,6 +1,7 @@
 """The readers' pictures, questions and training batches: what a question asks is what the picture shows."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import torch
 from accuracy_show import kept
 
 from illava.evaluate.statistics import wilson
-from readers import architectures, batches, material, scenes, tasks
+from readers import architectures, batches, card, material, scenes, tasks
 from readers.batches import Kind
 
+CHECKPOINTS = sorted(path.parent for path in Path(__file__).parent.parent.glob("checkpoints/*/training.csv"))
 KINDS = [Kind("picture", 96, 1, 3), Kind("several", 96, 3, 2), Kind("video", 96, 8, 2)]
 
 
@@ -144,3 +146,18 @@ def test_intervals():
     assert kept(rows[:1], rows[2:]) == (0.5, 0.125, 0.875)
     assert kept(rows[:2], rows[2:] * 2)[0] == 0.5
     assert kept(rows[:1], rows[1:]) is None  # a task is missing
+
+
+def test_the_card_says_once_for_each_task_where_it_is_weak():
+    right = {"text 96": 0.0, "count 192": 0.61, "text 128": 0.004, "count 96": 0.98, "find 96": 0.8}
+    assert card.weak_tasks(right) == ["- count: 192 px (61%)", "- text: 96 px (0%), 128 px (0%)"]
+
+
+@pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda path: path.name)
+def test_the_card_is_the_one_made_of_what_was_noted(folder, tmp_path):
+    made = tmp_path / folder.name
+    made.mkdir()
+    for name in ("config.json", "training.json", "training.csv"):
+        (made / name).write_bytes((folder / name).read_bytes())
+    card.write(made)
+    assert (made / "README.md").read_text() == (folder / "README.md").read_text(), "run card.py"

@@ -17,7 +17,7 @@ import tiny_checkpoint
 from illava import Plan
 
 for package in ("fastapi", "uvicorn", "openai"):
-    pytest.importorskip(package, reason=f'needs {package}: pip install "illava[serve]" openai')
+    pytest.importorskip(package, reason=f'needs {package}: pip install ".[serve]" openai')
 
 import httpx  # noqa: E402  # comes with openai
 import openai  # noqa: E402

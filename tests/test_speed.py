@@ -3,10 +3,12 @@
 import csv
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import bounds
 import pytest
 import torch
 import transformers
@@ -123,26 +125,27 @@ def test_models_have_the_sizes_of_their_checkpoints():
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.005)
 
 
-def test_the_early_plan_allows_four_times():
-    """The bound that `RIVALS` states, and the one of the paper's layers beside it."""
-    from illava.families import family_of
-    from illava.flops import count_flops, measure
-
-    family = MODELS["qwen2.5-vl-7b"].full
-    with torch.device("meta"):
-        model = transformers.Qwen2_5_VLForConditionalGeneration(build_config(family, family.shape))
-    seams = family_of("qwen2_5_vl", "").find_seams(model)
-    shape = measure(seams)
-
-    def bound(plan, tokens):
-        plan = seams.settle(plan)
-        segment = plan.segment(1, tokens)
-        return count_flops(plan, shape, [(segment, 4)], [(64, [segment])]).speedup_bound
-
+def test_bounds_at_true_sizes():
+    """Those that `RIVALS` and the README state, and the one of the paper's layers beside it."""
+    seams, bound = bounds.bound_of("qwen2.5-vl-7b")
     early = plan_of(Arm(EARLY, 0.889), seams)
-    assert bound(early, 4096) == pytest.approx(4.4, abs=0.05)
-    assert bound(early, 16384) == pytest.approx(4.6, abs=0.05)
-    assert bound(illava.Plan.paper(0.889), 16384) == pytest.approx(2.5, abs=0.05)
+    assert bound(early, 4096, 64) == pytest.approx(4.4, abs=0.05)
+    assert bound(early, 16384, 64) == pytest.approx(4.6, abs=0.05)
+    assert bound(illava.Plan.paper(0.889), 16384, 64) == pytest.approx(2.5, abs=0.05)
+    said = re.search(
+        r"88\.9 %: ([\d.]+)x with the default layers, ([\d.]+)x", (ROOT / "README.md").read_text()
+    )
+    own = [
+        f"{bound(plan, 1024, 32):.2f}" for plan in (illava.Plan(reduction=0.889), illava.Plan.paper(0.889))
+    ]
+    assert list(said.groups()) == own
+
+
+def test_bounds_are_printed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bounds.py", "--reduction", "0.889"])
+    bounds.main()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "Qwen2.5-VL-7B" in line]
+    assert [cell.strip() for cell in line.split("│")[2:5]] == ["88.9%", "2.31x", "2.35x"]
 
 
 @pytest.mark.parametrize(("model", "attn", "has"), [

@@ -21,7 +21,10 @@ UNFINISHED = """
 """
 WEAK_BELOW = 0.8
 WEAK = """
-**What it has not learnt** (under {below:.0%} right below): {weak}. What a method keeps of those says little.
+**What it has not learnt** (under {below:.0%} right, by pixels of a picture's side); what a method keeps of
+these says little:
+
+{weak}
 """
 CARD = """\
 # A small {title} that sees
@@ -40,7 +43,8 @@ their size, knows some sixty words, and has seen nothing but these pictures.
 **Questions it answers** (one a prompt, lower case, after the picture):
 `which digit is red ?` · `what is left of the red digit ?` (`right of`, `above`, `below`) ·
 `how many red digits are there ?` (`digits`, `circles`, ...) · `what is written ?` ·
-`in which picture is the red digit ?` · `in which order did the digits appear ?` (a video).
+`in which picture is the red digit ?` · `in which order did the digits appear ?` (a video; not on transformers
+4.57, which rounds the time between frames down to whole seconds, so that these are all at once).
 
 **Data.** scikit-learn's handwritten digits, photographs of scikit-learn, scikit-image and matplotlib, and
 matplotlib's fonts, drawn by `benchmarks/readers/scenes.py`. Digits, photographs, fonts and strings of
@@ -67,6 +71,23 @@ licence; photographs and fonts keep those of the packages that ship them.
 """
 
 
+def weak_tasks(right: dict[str, float]) -> list[str]:
+    """A line for each task that is weak at some size of picture, the smallest first.
+
+    Args:
+        right: share of right answers by task and size, as `"count 96"`.
+    """
+    weak: dict[str, dict[int, float]] = {}
+    for name, share in right.items():
+        task, size = name.rsplit(" ", 1)
+        if share < WEAK_BELOW:
+            weak.setdefault(task, {})[int(size)] = share
+    return [
+        f"- {task}: {', '.join(f'{size} px ({share:.0%})' for size, share in sorted(of.items()))}"
+        for task, of in sorted(weak.items())
+    ]
+
+
 def write(folder: Path) -> None:
     """Write `README.md` and `training.svg` from a checkpoint's config, `training.json` and `training.csv`."""
     with (folder / "training.csv").open(newline="") as file:
@@ -78,10 +99,9 @@ def write(folder: Path) -> None:
     asked = int(noted.pop("steps asked for"))
     facts = {"steps": f"{int(last['step']):,} of {asked:,}", "hours": last["hours"], **noted}
     unfinished = int(last["step"]) < asked
-    weak = [name for name in tasks if float(last[name]) < WEAK_BELOW]
     state = UNFINISHED if unfinished else ""
-    if weak:
-        state += WEAK.format(below=WEAK_BELOW, weak=", ".join(weak))
+    if weak := weak_tasks({name: float(last[name]) for name in tasks}):
+        state += WEAK.format(below=WEAK_BELOW, weak="\n".join(weak))
     card = CARD.format(
         title=TITLES[config["model_type"]],
         kind=config["architectures"][0],

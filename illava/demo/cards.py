@@ -27,7 +27,7 @@ def card(title: str, answer: Answer | None, beside: Answer | None = None, state:
     if answer is not None and not answer.done:
         said += '<span class="caret"></span>'
     cells = "".join(_cell(*row) for row in _costs(answer, beside))
-    side = "patched" if beside is not None or title != "unpatched" else "unpatched"
+    side = "unpatched" if title == "unpatched" else "patched"
     return (
         f'<section class="answer {side}"><h3>{escape(title)}</h3><p class="said">{said or "&nbsp;"}</p>'
         f'<dl class="costs">{cells}</dl></section>'

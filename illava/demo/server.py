@@ -27,51 +27,47 @@ class Server:
 
     def __init__(self, asker: Any, *, host: str, port: int, limits: Any = None) -> None:
         gradio = required("gradio", "demo")
-        self._end = ExitStack()
-        self.uploads = Path(self._end.enter_context(tempfile.TemporaryDirectory(prefix="illava-demo-")))
-        self._end.callback(_set_environment, _UPLOADS, os.environ.get(_UPLOADS))
-        _set_environment(_UPLOADS, str(self.uploads))  # before Gradio's parts are made, which remember it
-        from starlette.middleware import Middleware
+        with ExitStack() as end:  # closes all again if the page cannot be opened
+            self.uploads = Path(end.enter_context(tempfile.TemporaryDirectory(prefix="illava-demo-")))
+            end.callback(_set_environment, _UPLOADS, os.environ.get(_UPLOADS))
+            end.callback(asker.close)
+            _set_environment(_UPLOADS, str(self.uploads))  # before Gradio's parts are made, which remember it
+            from starlette.middleware import Middleware
 
-        from illava.demo.doorkeeper import Doorkeeper
-        from illava.demo.handlers import Handlers
-        from illava.demo.media import Limits
-        from illava.demo.page import STYLE, draw_page, theme
-        from illava.demo.samples import FOLDER
-        from illava.demo.sessions import Sessions
+            from illava.demo.doorkeeper import Doorkeeper
+            from illava.demo.handlers import Handlers
+            from illava.demo.media import Limits
+            from illava.demo.page import STYLE, draw_page, theme
+            from illava.demo.samples import FOLDER
+            from illava.demo.sessions import Sessions
 
-        limits = limits or Limits()
-        gradio.set_static_paths([FOLDER])  # served where they lie, not copied among the uploads
-        self.sessions = Sessions(self.uploads, FOLDER, limits)
-        self._end.callback(asker.close)
-        self.handlers = Handlers(asker, self.sessions, limits)
-        page = draw_page(self.handlers)
-        page.queue(max_size=limits.waiting, api_open=False)
-        self._end.callback(page.close, verbose=False)
-        try:
-            _, self.url, _ = page.launch(
-                server_name=host,
-                server_port=port,
-                share=False,
-                prevent_thread_lock=True,
-                quiet=True,
-                max_file_size=limits.file_bytes,
-                theme=theme(),
-                css_paths=STYLE,
-                footer_links=[],
-                ssr_mode=False,
-                inbrowser=False,
-                app_kwargs={"middleware": [Middleware(Doorkeeper, self.sessions, limits)]},
-            )
-        except OSError as error:
-            self.close()
-            raise DemoError(
-                f"port {port} of {host} cannot be used; name another one, for example --port {port + 1}"
-            ) from error
-        except BaseException:
-            self.close()
-            raise
-        self._page = page
+            limits = limits or Limits()
+            gradio.set_static_paths([FOLDER])  # served where they lie, not copied among the uploads
+            self.sessions = Sessions(self.uploads, FOLDER, limits)
+            self.handlers = Handlers(asker, self.sessions, limits)
+            page = draw_page(self.handlers)
+            page.queue(max_size=limits.waiting, api_open=False)
+            end.callback(page.close, verbose=False)
+            try:
+                _, self.url, _ = page.launch(
+                    server_name=host,
+                    server_port=port,
+                    share=False,
+                    prevent_thread_lock=True,
+                    quiet=True,
+                    max_file_size=limits.file_bytes,
+                    theme=theme(),
+                    css_paths=STYLE,
+                    footer_links=[],
+                    ssr_mode=False,
+                    inbrowser=False,
+                    app_kwargs={"middleware": [Middleware(Doorkeeper, self.sessions, limits)]},
+                )
+            except OSError as error:
+                raise DemoError(
+                    f"port {port} of {host} cannot be used; name another one, for example --port {port + 1}"
+                ) from error
+            self._page, self._end = page, end.pop_all()
 
     def wait(self) -> None:
         """Serve until interrupted, which is raised."""

@@ -28,7 +28,7 @@ class Session:
         unpatched: the last answer of the unpatched model.
         overlays: where the tokens of the last patched answer went.
         stop: ends the answer under way.
-    reading: held while its files are read.
+        reading: held while its files are read.
     """
 
     files: tuple[Path, ...] = ()

@@ -27,8 +27,9 @@ Made by `python tests/trust/page.py` from what the tests in `tests/trust` found;
 Each line is a claim about a patched model, tested on small models of every family whose parts are those of
 the real ones ({families}), on transformers {versions}. **Works** means that it gives what its plain
 definition gives. **Refused** means that the call ends with an error that says the value, the reason and what
-to do instead. Where a claim was not tested for a family, the note says why. The contract (bit-identical after
-removal and at `reduction=0`, equal to the reference otherwise) has a table of its own in the README.
+to do instead. **Not known** means that its test could run nowhere. Where a claim was not tested, or not for a
+family, the note says why. The contract (bit-identical after removal and at `reduction=0`, equal to the
+reference otherwise) has a table of its own in the README.
 """
 TOPICS = ("Decoding", "Assisted decoding", "Outputs", "Caches", "Calls", "Odd inputs", "Faults", "Threads")
 
@@ -65,6 +66,8 @@ def section(topic: str, rows: list[dict[str, str]], versions: list[str]) -> str:
         verdict, how = own[0]["verdict"], own[0]["how we know"]
         if any(row["outcome"] == "failed" for row in own):
             verdict = f"**fails** (should be: {verdict})"
+        elif all(map(skipped, own)):
+            verdict = f"**not known** (should be: {verdict})"
         lines.append(f"| {claim} | {verdict} | {tested(own, versions, notes)} | {how} |")
     numbered = [f"{number}. {note}" for number, note in enumerate(notes, start=1)]
     return "\n".join([*lines, "", *numbered, *([""] if numbered else [])])

@@ -25,9 +25,12 @@ TOOLS = [path for folder in ("benchmarks", "examples") for path in sorted((ROOT 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 UNPICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
-OUTWARD = {"urllib", "http", "socket", "requests", "httpx", "aiohttp", "huggingface_hub", "ftplib"}
+OUTWARD = {
+    "urllib", "urllib3", "http", "socket", "socketserver", "ssl", "ftplib", "smtplib", "xmlrpc", "webbrowser",
+    "requests", "httpx", "aiohttp", "websockets", "huggingface_hub",
+}  # fmt: skip
 OSV = "api.osv.dev"
-PROCESSES = {"subprocess", "os.system", "os.popen", "pty"}
+PROCESSES = {"subprocess", "multiprocessing", "os.system", "os.popen", "os.fork", "os.posix_spawn", "pty"}
 
 
 def found(path):
@@ -68,10 +71,14 @@ def test_nothing_that_came_as_data_is_run(path):
 
 
 @pytest.mark.claim(
-    "Safety", "network and processes", "works", "the package opens none but for illava demo (syntax tree)"
+    "Safety",
+    "network and processes",
+    "works",
+    "its own code imports nothing that opens or starts any (syntax tree); transformers, Gradio and Ray do "
+    "when asked: a model of the hub, illava demo, --engine ray",
 )
 @pytest.mark.parametrize("path", PACKAGE, ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_package_talks_to_nobody(path):
+def test_the_package_itself_talks_to_nobody(path):
     imported, called, _ = found(path)
     assert not imported & (OUTWARD | PROCESSES)
     assert not called & PROCESSES
