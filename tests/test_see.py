@@ -232,9 +232,26 @@ def test_what_cannot_be_drawn_is_said():
     refused(r"save='a.gif': what is drawn is written as .png, .svg, .pdf", report, pictures, save="a.gif")
     refused("got ndarray of float64 and shape", report, [np.zeros((8, 8, 3))] * 3)
     refused("got str", report, ["picture.png"] * 3)
+    refused("one of its frames is itself a list of 3; pass those of one batch row", report, [[pictures]])
     report, (video,) = seen("qwen2_5_vl", "video")
     refused("saw 3 frames or pairs of frames of the video, and 2 came", report, video[:2])
     refused("tells of 0 images, and 1 came", report, Image.new("RGB", (80, 80)))
+
+
+def test_lists_deeper_than_videos_are_refused():
+    """None of what came is left out: a batch of rows of videos has one list too many."""
+    picture = Image.new("RGB", (8, 8))
+    video = np.zeros((2, 8, 8, 3), dtype=np.uint8)
+    for deep in ([[[picture]]], [[video]], [[picture, [picture, picture]]], ([(video, video)],)):
+        for of_videos in (False, True):
+            with pytest.raises(illava.PictureError, match=r"frames is itself a list of \d"):
+                given.as_pictures(deep, video=of_videos)
+    for fine in ([[picture, picture], video, picture], [[picture]], [video]):
+        for of_videos in (False, True):
+            made = given.as_pictures(fine, video=of_videos)
+            assert [len(x) if isinstance(x, list) else 1 for x in made] == [
+                len(x) if not isinstance(x, Image.Image) else 1 for x in fine
+            ]
 
 
 def test_features_of_the_callers_are_not_drawn():
