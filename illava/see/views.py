@@ -45,6 +45,14 @@ class View:
     picture: Image.Image
     places: tuple[Place, ...]
 
+    @property
+    def pictures(self) -> list[tuple[Provenance, list[Place]]]:
+        """Each provenance on it (a slice may have its own), and which of the frames are its."""
+        found: dict[int, tuple[Provenance, list[Place]]] = {}
+        for place in self.places:
+            found.setdefault(id(place.provenance), (place.provenance, []))[1].append(place)
+        return list(found.values())
+
 
 def views(own: Sequence[Provenance], shown: Sequence[Shown], most_frames: int) -> list[View]:
     """What to draw for the pictures of one batch row.
