@@ -15,6 +15,7 @@ from PIL import Image
 import illava
 import zoo
 from contract import tools
+from illava import families
 from illava.provenance import Provenance, Step
 from illava.see import cells, figure, given, paint, show, views
 from illava.sparse import one_each
@@ -259,6 +260,27 @@ def test_features_of_the_callers_are_not_drawn():
     own = Provenance("image", 0, "qwen2_5_vl", ((1, 4),), 1, (step,), step, known=False)
     with pytest.raises(illava.PictureError, match="features came from the caller"):
         views.views([own], [Image.new("RGB", (40, 10))], 1)
+
+
+def test_tiles_of_a_family_that_cuts_nothing_are_refused():
+    step = _whole(8, (2, 4), recycled=torch.zeros(8, dtype=torch.bool))
+    for unknown in ("qwen2_5_vl", "a family to come"):
+        own = Provenance("image", 0, unknown, ((1, 4), (1, 4)), 1, (step,), step)
+        with pytest.raises(
+            illava.PictureError, match=f"how {unknown} lays 2 tiles on a picture is not known"
+        ):
+            views.views([own], [Image.new("RGB", (40, 10))], 1)
+
+
+def test_drawing_knows_of_families_what_their_files_say():
+    """None is named here, and all say how their pictures are cut up."""
+    named = re.compile("|".join(rf"\b{name}\b" for name in illava.supported_models()))
+    for file in Path(views.__file__).parent.glob("*.py"):
+        assert not named.search(file.read_text()), file
+    for name in illava.supported_models():
+        module = families.family_of(name, name)
+        assert families.cutting(name) is module.CUTTING[name]
+        assert module.CUTTING.keys() == module.ABOUT.keys()
 
 
 @pytest.mark.skipif("minicpmv4_6" not in zoo.FAMILIES, reason="transformers 4.57 has no MiniCPM-V 4.6")

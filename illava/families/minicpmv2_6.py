@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from illava.errors import SeamError
 from illava.families import visual
 from illava.families.about import About
+from illava.families.cutting import Cutting
 from illava.families.layout import Layout, Survivors
 from illava.families.parts import part
 from illava.families.seams import Observed, Projector, Seams
@@ -37,6 +38,7 @@ from illava.sparse import sparse
 from illava.transfer import on
 
 ABOUT = {"minicpmv": About("MiniCPM-V 2.6, published code", "a patch", "4, 8, 11 of 27", "2, 8, 14 of 28")}
+CUTTING = {"minicpmv": Cutting(whole="first", slices=True, keeps_shape=True)}
 
 
 def find_seams(model: nn.Module) -> Seams:
