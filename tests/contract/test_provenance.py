@@ -81,6 +81,22 @@ def test_a_row_of_a_batch_is_as_alone(family, side):
                 same_provenance(one, other)
 
 
+@pytest.mark.parametrize("name", ["tokens", "recycled", "mixed", "state", "sources", "stands"])
+def test_the_comparison_of_rows_reads_every_field(name):
+    """One entry that differs in one step, and two pictures are not the same."""
+    model, inputs = tools.build("qwen2_5_vl"), tools.prompt_of("qwen2_5_vl", "one picture")
+    with tools.patch(model, "qwen2_5_vl", trace=True, **tools.DEEP) as handle:
+        tools.forward(model, inputs)
+    (own,) = handle.report.provenance
+    same_provenance(own, replace(own))
+    *steps, last = own.merges
+    changed = getattr(last, name).to_dense().clone()
+    changed.view(-1)[-1] = changed.view(-1)[-1] == 0
+    other = replace(own, merges=(*steps, replace(last, **{name: changed})))
+    with pytest.raises(AssertionError):
+        same_provenance(own, other)
+
+
 @pytest.mark.slow
 @tools.each_family
 def test_beams_see_what_their_row_sees(family):
