@@ -251,11 +251,11 @@ class LanguageCall:
         if self.scored_at[layer] in self.attended:
             self.score(self.scored_at[layer], rotary)
         hidden = self.merge(layer, hidden)
-        origin = self.stages[-1].origin
-        if origin is not None:
-            cos, sin = rotary
-            rotary = sequence.take_rows(cos, origin), sequence.take_rows(sin, origin)
-            self.layers.make_ready(self.stages[-1], rotary)
+        stage = self.stages[-1]
+        if stage.origin is None:
+            raise RuntimeError(f"the merge after decoder layer {layer} does not say which slots it kept")
+        cos, sin = (sequence.take_rows(x, stage.origin) for x in rotary)
+        self.layers.make_ready(stage, (cos, sin))
         return hidden
 
     def merge(self, layer: int, hidden: Tensor) -> Tensor:

@@ -79,11 +79,12 @@ def enter(
     marks = {"dead": is_dead(embeds), "broken": is_broken(embeds)}
     if padding_mask is not None:
         marks["real"] = padding_mask[:, -length:].bool().to(device)
+        cached = padding_mask[:, :-length].bool().all(dim=1, keepdim=True)  # true of no columns
+        marks["unpadded before"] = cached.to(device).expand(-1, length)
     if newline is not None:
         marks["newline"] = (embeds == newline.to(embeds)).all(dim=-1)
     found = dict(zip(marks, to_host(torch.stack(list(marks.values()))), strict=True))  # one transfer
     real = found.get("real", torch.ones_like(segment, dtype=torch.bool))
-    before = None if padding_mask is None else padding_mask[:, :-length]
     broken = segment[found["broken"] & (segment >= 0)]
     dead = found["dead"] & (segment >= 0)
     text = (segment < 0) & real
@@ -120,7 +121,7 @@ def enter(
         text=on(device, text.gather(1, index) & (positions >= 0)),
         text_width=int(text.sum(dim=1).max()),
         has_later_text=sequence.later_text(segment, text, number),
-        unpadded=bool(real.all()) and (before is None or not before.shape[1] or bool(before.all())),
+        unpadded=bool(real.all()) and bool(found.get("unpadded before", real).all()),
         lost_any=bool(dead.any()),
         broken=dict(Counter(broken.tolist())),
         trace=trace,

@@ -10,7 +10,6 @@ Notation for tensor shapes: n tokens left after a merge, P patches of a picture.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -70,19 +69,6 @@ class Step:
         """`[P]` bool: gone, but living on in a token that took it in."""
         return (self.state == GONE) & (self.share > 0)
 
-    def groups(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The tokens with features of others in them.
-
-        Yields:
-            The token's place in `tokens`, the patches it is made of, ascending, and their weights, which
-            sum to 1.
-        """
-        rows, patches, weights = entries(self.sources)
-        bounds = torch.searchsorted(rows, torch.arange(len(self.tokens) + 1)).tolist()
-        for row in self.mixed.nonzero().flatten().tolist():
-            inside = slice(bounds[row], bounds[row + 1])
-            yield row, patches[inside], weights[inside]
-
 
 @dataclass(frozen=True, eq=False)
 class Provenance:
@@ -120,10 +106,3 @@ class Provenance:
         """`[P]`, something with a value per patch, as one `[height, width]` per frame."""
         parts = values.split([h * w for h, w in self.frames])
         return [part.unflatten(0, size) for part, size in zip(parts, self.frames, strict=True)]
-
-    def last_seen(self) -> Tensor:
-        """`[P]` at which of the merges each patch went; their number for those still there."""
-        went = torch.full((self.patches,), len(self.merges))
-        for place, step in reversed([*enumerate(self.merges)]):
-            went[step.state == GONE] = place
-        return went

@@ -287,10 +287,10 @@ def _groups(calls: Sequence[EncoderRecord]) -> list[tuple[list[Encoding], int | 
     """What was encoded, in order: grids that became one picture, and its tokens if packing told."""
     groups: list[tuple[list[Encoding], int | None]] = []
     for call in calls:
-        frames = accumulate((t for t, _, _ in call.grids), initial=0)
+        firsts = [*accumulate((t for t, _, _ in call.grids), initial=0)][:-1]
         encodings = [
-            Encoding(g, s, call.unit_tokens, call.trace, frame)
-            for g, s, frame in zip(call.grids, call.schedules, frames, strict=False)
+            Encoding(g, s, call.unit_tokens, call.trace, first)
+            for g, s, first in zip(call.grids, call.schedules, firsts, strict=True)
         ]
         whole: list[tuple[int, int | None]] = [(1, None)] * len(encodings)
         for tiles, tokens in call.packed or whole:

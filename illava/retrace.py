@@ -14,10 +14,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from illava.families.packing import TINY
 from illava.origins import Encoded, Part, UnitsLeft, Unknown
 from illava.provenance import GONE, INFORMATIVE, RECYCLED, Provenance, Step
 from illava.sparse import diagonal, entries, one_each, product, reaches, row_counts, sparse, take
-from illava.tracing import TINY, EncoderTrace, LanguageTrace, MergeRecord, follow
+from illava.tracing import EncoderTrace, LanguageTrace, MergeRecord, follow
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,9 +18,6 @@ from illava.families.layout import Layout
 from illava.merge import Merge
 from illava.sparse import one_each, product, sparse
 
-# Weights in a packed token that are nothing but rounding.
-TINY = 1e-4
-
 
 @dataclass(frozen=True, eq=False)
 class MergeRecord:
@@ -29,7 +26,8 @@ class MergeRecord:
     Attributes:
         layer: the layer that merged.
         kept, recycled: names of the surviving units, and of those that took in others.
-        sources: `[3, Z]` unit, source and weight, of what the surviving units are made.
+        sources: three tensors `[Z]`: the name of a surviving unit, of a unit before the merge that is in it,
+            and the weight; a surviving unit's weights sum to 1, and where it took in none it is itself alone.
         ranked: names of the units that could be chosen, and `importance` by what.
     """
 

@@ -17,5 +17,10 @@ def on(device: torch.device, values: Tensor | Sequence[int]) -> Tensor:
 
 
 def to_host(values: Tensor) -> Tensor:
-    """`values` on the host, waiting for what the device is doing: the only way back that illava takes."""
+    """`values` on the host, waiting for what the device is doing.
+
+    Entering the decoder waits here, once a prompt, and merging not at all. Outside of them the host reads a
+    call's ids, sizes and masks where they lie on a device, spans whose bounds it does not know, cached
+    positions that a cache is cropped by, and whatever is traced: those reads wait as well.
+    """
     return values.cpu()

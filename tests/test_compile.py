@@ -1,6 +1,8 @@
 """torch.compile of a patched model: as many graphs as the unpatched model, and none anew per picture size."""
 
+import importlib
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,9 @@ import torch
 import illava
 import tiny
 from illava import patching
-from illava.hooks import tracing
+from illava.hooks import in_graph, tracing
+from illava.language import LanguageCall
+from illava.language_layers import LayerInputs
 from zoo import internvl
 from zoo.common import Image as Picture
 
@@ -192,9 +196,23 @@ def test_inductor(family):
 
 def test_the_operations_can_be_imported_again():
     """As notebooks do; torch knows each of them once."""
-    import importlib
-
-    from illava.hooks import in_graph
-
     importlib.reload(in_graph)
     assert torch.ops.illava.merge.default is not None
+
+
+def test_a_merge_that_leaves_no_positions_is_an_error(monkeypatch):
+    """In a graph or not, layers behind a merge are never given the positions of those ahead of it."""
+    hidden, rotary = torch.zeros(1, 4, 8), (torch.ones(1, 4, 2), torch.zeros(1, 4, 2))
+    call = SimpleNamespace(
+        leave_layer=lambda layer, hidden, rotary: hidden[:, 1:],
+        layers=SimpleNamespace(now=LayerInputs([], None)),
+    )
+    monkeypatch.setattr(in_graph.under_way, "LANGUAGE", SimpleNamespace(get=lambda: call))
+    with pytest.raises(RuntimeError, match="the merge after decoder layer 2 left no positions"):
+        torch.ops.illava.merge.default(hidden, *rotary, [], 0.0, 2, 3, [], [])
+    call = SimpleNamespace(
+        scored_at={2: 2}, attended={}, merge=lambda layer, hidden: hidden[:, 1:],
+        stages=[SimpleNamespace(origin=None)],
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="decoder layer 2 does not say which slots it kept"):
+        LanguageCall.leave_layer(call, 2, hidden, rotary)

@@ -287,6 +287,18 @@ def test_provenance_through_the_resampler(model, processor, monkeypatch, plan, s
         one_hot.account(picture)
 
 
+def test_the_resampler_alone(model):
+    """Without the encoder nobody knows whose patches it reads: it answers, and nothing is written down."""
+    given = torch.Generator().manual_seed(0)
+    patches = torch.randn(2, 64, model.config.vision_config.hidden_size, generator=given)
+    sizes = torch.tensor([[8, 8], [4, 14]])
+    with torch.no_grad():
+        plain = model.resampler(patches, sizes)
+        with illava.patch(model, trace=True, **LAYERS, reduction=0.667) as handle:
+            assert torch.equal(model.resampler(patches, sizes), plain)
+            assert handle.report is None
+
+
 def test_its_pictures_are_drawn(model, processor, monkeypatch):
     """Slices in their places; what a resampler's tokens read as brightness, since they stand nowhere."""
     row = ROWS["several pictures"]

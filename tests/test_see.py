@@ -15,6 +15,7 @@ from PIL import Image
 import illava
 import zoo
 from contract import tools
+from illava import families
 from illava.provenance import Provenance, Step
 from illava.see import cells, figure, given, paint, show, views
 from illava.sparse import one_each
@@ -232,9 +233,26 @@ def test_what_cannot_be_drawn_is_said():
     refused(r"save='a.gif': what is drawn is written as .png, .svg, .pdf", report, pictures, save="a.gif")
     refused("got ndarray of float64 and shape", report, [np.zeros((8, 8, 3))] * 3)
     refused("got str", report, ["picture.png"] * 3)
+    refused("one of its frames is itself a list of 3; pass those of one batch row", report, [[pictures]])
     report, (video,) = seen("qwen2_5_vl", "video")
     refused("saw 3 frames or pairs of frames of the video, and 2 came", report, video[:2])
     refused("tells of 0 images, and 1 came", report, Image.new("RGB", (80, 80)))
+
+
+def test_lists_deeper_than_videos_are_refused():
+    """None of what came is left out: a batch of rows of videos has one list too many."""
+    picture = Image.new("RGB", (8, 8))
+    video = np.zeros((2, 8, 8, 3), dtype=np.uint8)
+    for deep in ([[[picture]]], [[video]], [[picture, [picture, picture]]], ([(video, video)],)):
+        for of_videos in (False, True):
+            with pytest.raises(illava.PictureError, match=r"frames is itself a list of \d"):
+                given.as_pictures(deep, video=of_videos)
+    for fine in ([[picture, picture], video, picture], [[picture]], [video]):
+        for of_videos in (False, True):
+            made = given.as_pictures(fine, video=of_videos)
+            assert [len(x) if isinstance(x, list) else 1 for x in made] == [
+                len(x) if not isinstance(x, Image.Image) else 1 for x in fine
+            ]
 
 
 def test_features_of_the_callers_are_not_drawn():
@@ -242,6 +260,27 @@ def test_features_of_the_callers_are_not_drawn():
     own = Provenance("image", 0, "qwen2_5_vl", ((1, 4),), 1, (step,), step, known=False)
     with pytest.raises(illava.PictureError, match="features came from the caller"):
         views.views([own], [Image.new("RGB", (40, 10))], 1)
+
+
+def test_tiles_of_a_family_that_cuts_nothing_are_refused():
+    step = _whole(8, (2, 4), recycled=torch.zeros(8, dtype=torch.bool))
+    for unknown in ("qwen2_5_vl", "a family to come"):
+        own = Provenance("image", 0, unknown, ((1, 4), (1, 4)), 1, (step,), step)
+        with pytest.raises(
+            illava.PictureError, match=f"how {unknown} lays 2 tiles on a picture is not known"
+        ):
+            views.views([own], [Image.new("RGB", (40, 10))], 1)
+
+
+def test_drawing_knows_of_families_what_their_files_say():
+    """None is named here, and all say how their pictures are cut up."""
+    named = re.compile("|".join(rf"\b{name}\b" for name in illava.supported_models()))
+    for file in Path(views.__file__).parent.glob("*.py"):
+        assert not named.search(file.read_text()), file
+    for name in illava.supported_models():
+        module = families.family_of(name, name)
+        assert families.cutting(name) is module.CUTTING[name]
+        assert module.CUTTING.keys() == module.ABOUT.keys()
 
 
 @pytest.mark.skipif("minicpmv4_6" not in zoo.FAMILIES, reason="transformers 4.57 has no MiniCPM-V 4.6")

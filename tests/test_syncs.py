@@ -1,7 +1,8 @@
-"""illava's own code never waits for a device.
+"""Merging never waits for a device, and a prompt waits once, where it enters the decoder.
 
 Tensors that claim to live on a CUDA device but hold no data stand in for real ones: reading a value of
-them, which on a GPU would wait for it, fails here. Copies to the device must not block either.
+them, which on a GPU would wait for it, fails here. Copies to the device must not block either. Where values
+are needed, as in entering the decoder, tensors on the CPU are taken for a device's, and reads are counted.
 """
 
 from types import SimpleNamespace
@@ -10,7 +11,9 @@ import pytest
 import torch
 from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 from illava import language_entry, merge, vision, vision_scores
@@ -38,6 +41,38 @@ class NoBlockingCopies(TorchDispatchMode):
         return out
 
 
+class OnDevice(TorchFunctionMode):
+    """Takes some tensors, and what is computed of them, for a device's; names each read of their values.
+
+    Args:
+        there: the tensors.
+    """
+
+    READS = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "cpu", "numpy", "nonzero")
+
+    def __init__(self, *there):
+        super().__init__()
+        self.there, self.reads = {id(x): x for x in there}, []  # held on to: an id is one tensor's
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if any(id(x) in self.there for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)):
+            found = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+            if func.__name__ in self.READS:
+                self.reads.append(func.__name__)
+                out = out.clone() if isinstance(out, torch.Tensor) else out  # `cpu` gives what is there back
+            elif func is torch.Tensor.__getitem__ and self._by_values(args[1]):
+                self.reads.append("by mask")
+            else:
+                self.there.update((id(x), x) for x in found)
+        return out
+
+    def _by_values(self, index):
+        """Whether values say how much comes out."""
+        parts = [x for x in tree_leaves(index) if isinstance(x, torch.Tensor)]
+        return any(x.dtype == torch.bool and id(x) in self.there for x in parts)
+
+
 @pytest.fixture
 def device(monkeypatch):
     if Version(torch.__version__) < Version("2.7"):
@@ -54,6 +89,20 @@ def test_the_stand_in_notices_a_wait(device):
         x.sum().item()
     with pytest.raises(AssertionError, match="blocking copy"):
         torch.ones(3).to(CUDA)
+
+
+def test_the_count_of_reads_notices_them():
+    mask, ids = torch.ones(2, 5), torch.arange(5)
+    with OnDevice(mask) as counted:
+        assert bool(ids.any())
+        assert mask.shape == (2, 5)
+        (mask[:, 1:].bool() & (ids[1:] > 0)).all(dim=1)
+    assert counted.reads == []
+    with OnDevice(mask) as counted:
+        if (mask[:, 1:] > 0).all():
+            ids[mask[0] > 0].tolist()
+        mask.sum(1).tolist()
+    assert counted.reads == ["__bool__", "by mask", "tolist"]
 
 
 @pytest.mark.parametrize("rule", ["recycle", "prune", "linear"])
@@ -171,7 +220,7 @@ def test_merging_in_the_language_model(device, monkeypatch, padded, queries):
         call = LanguageCall(
             plan, seams, torch.zeros(2, length, 32), visual, mask if padded else None, 0, "sdpa", 0
         )
-    assert transfers == [(2 + padded, 2, length)]
+    assert transfers == [(2 + 2 * padded, 2, length)]
     first = call.stages[0]
     first.positions, first.entry = (torch.empty_like(x, device=CUDA) for x in (first.positions, first.entry))
     for name in ("entry_columns", "table", "_text", *(("padding_mask",) if padded else ())):
@@ -195,3 +244,29 @@ def test_merging_in_the_language_model(device, monkeypatch, padded, queries):
     assert len(call.stages) == 3
     assert call.leave(hidden, 3).shape == (2, length, 32)
     assert len(transfers) == 1
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("past", [0, 3])
+@pytest.mark.parametrize("hidden", [None, "nothing", "in the cache", "in the prompt"])
+def test_entering_the_decoder_waits_once(hidden, past, traced):
+    """All that is read of features and mask comes over in one transfer, whatever the mask hides."""
+    length = 12
+    segment = torch.full((2, length), -1)
+    segment[:, 3:9] = torch.tensor([[0], [1]])
+    visual = VisualInput(segment, ("image", "image"), (6, 6), ((6,), (6,)))
+    embeds = torch.randn(2, length, 8)
+    embeds[0, 4:6] = float("-inf")
+    embeds[:, 7] = newline = torch.ones(8)
+    mask = None if hidden is None else torch.ones(2, past + length, dtype=torch.long)
+    if hidden == "in the cache":
+        mask[1, :past] = 0
+    elif hidden == "in the prompt":
+        mask[1, past : past + 2] = 0
+    there = [embeds, newline] + ([] if mask is None else [mask])
+    with OnDevice(*there) as counted:
+        entry = language_entry.enter(embeds, visual, mask, newline, past, past + length, traced)
+    assert counted.reads == ["cpu"]
+    assert entry.unpadded == (mask is None or bool(mask.all()))
+    assert entry.lost_any
+    assert entry.stage.row_lengths == (length - 2, length - 2 * (hidden == "in the prompt"))

@@ -1,5 +1,6 @@
 """What writing down where tokens came from costs: nothing when it is off."""
 
+import inspect
 import sys
 from collections import Counter
 
@@ -8,10 +9,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import illava
 from contract import tools
-from illava.tracing import EncoderTrace, LanguageTrace
+from illava import language, vision
+from illava.families import packing
+from illava.hooks import EncoderHooks, encoder
+from illava.language import LanguageCall
+from illava.tracing import LanguageTrace
 
-# Only these may hold or make records; with tracing off none of their code runs.
+# Code that keeps records: these modules, and what merges and hooks call only to fill them.
 RECORDING = ("illava/tracing.py", "illava/retrace.py", "illava/origins.py", "illava/sparse.py")
+FILLING = [
+    inspect.unwrap(function).__code__
+    for function in (LanguageCall._names, EncoderHooks._trace_reads, packing.weights_of_packing)
+]
 
 
 class Operations(TorchDispatchMode):
@@ -31,10 +40,9 @@ def operations(model, inputs, family, **settings):
     ran = Counter()
 
     def watch(frame, event, arg):
-        if event == "call" and frame.f_code.co_filename.endswith(RECORDING):
-            ran[
-                frame.f_code.co_qualname if hasattr(frame.f_code, "co_qualname") else frame.f_code.co_name
-            ] += 1
+        code = frame.f_code
+        if event == "call" and (code.co_filename.endswith(RECORDING) or code in FILLING):
+            ran[code.co_name] += 1
 
     tools.forward(model, inputs)  # transformers puts hooks of its own in place with the first call
     with tools.patch(model, family, **tools.DEEP, **settings) as handle:
@@ -52,38 +60,54 @@ def operations(model, inputs, family, **settings):
     return counted.seen, hooks, ran, report
 
 
-@pytest.fixture
-def without_records(monkeypatch):
-    """The code path without tracing: whatever could write a record fails instead."""
-
-    def forbidden(*args, **kwargs):
-        raise AssertionError("a record is made")
-
-    for module in ("illava.language", "illava.vision", "illava.vision_stage"):
-        if hasattr(sys.modules.get(module), "record_merge"):
-            monkeypatch.setattr(sys.modules[module], "record_merge", forbidden)
-    monkeypatch.setattr(LanguageTrace, "__init__", forbidden)
-    monkeypatch.setattr(EncoderTrace, "__init__", forbidden)
+def cannot_record(monkeypatch):
+    """From here on recording cannot happen: whatever makes a record is empty, whoever asks for one."""
+    monkeypatch.setattr(language, "record_merge", lambda *args: None)
+    monkeypatch.setattr(vision, "record_merge", lambda *args: None)
+    monkeypatch.setattr(LanguageCall, "_names", lambda self, stage: None)
+    monkeypatch.setattr(LanguageTrace, "entered", classmethod(lambda cls, *args: cls(0, [], None)))
+    monkeypatch.setattr(EncoderHooks, "_trace_reads", lambda self, reads: None)
+    monkeypatch.setattr(encoder, "weights_of_packing", lambda *args: [])
 
 
-@tools.each_family
-def test_off_it_runs_no_operation_more(family, without_records):
-    """With every record forbidden the call does exactly what `trace=False` does, hook by hook."""
+def costs_nothing(family, monkeypatch):
+    """Off, no code of the records runs, and operations and hooks are as where recording cannot happen."""
     model, inputs = tools.build(family), tools.prompt_of(family, tools.mixed(family))
     off, hooks, ran, report = operations(model, inputs, family, trace=False)
-    default, default_hooks, _, _ = operations(model, inputs, family)
-    assert off == default
-    assert hooks == default_hooks
     assert not ran, "code that keeps records ran"
     assert report.provenance is None
     assert report._trace is None
-    with pytest.raises(AssertionError, match="a record is made"):  # and it would be noticed
-        operations(model, inputs, family, trace=True)
+    assert operations(model, inputs, family)[:3] == (off, hooks, ran), "it is not off unless asked for"
+    cannot_record(monkeypatch)
+    without, other_hooks, _, report = operations(model, inputs, family, trace=True)
+    assert report._trace is not None, "nothing was asked for: the case tests nothing"
+    assert off == without
+    assert hooks == other_hooks
+
+
+@tools.each_family
+def test_off_it_costs_nothing(family, monkeypatch):
+    costs_nothing(family, monkeypatch)
+
+
+@pytest.mark.parametrize("traced_alone", [False, True])
+def test_an_operation_for_records_would_be_noticed(monkeypatch, traced_alone):
+    """Done by every merge, or by traced ones outside of what makes records."""
+    merge, names = LanguageCall.merge, LanguageCall._names
+
+    def busy(self, layer, hidden):
+        if self.trace is not None or not traced_alone:
+            names(self, self.stages[-1])
+        return merge(self, layer, hidden)
+
+    monkeypatch.setattr(LanguageCall, "merge", busy)
+    with pytest.raises(AssertionError, match="assert Counter" if traced_alone else "keeps records ran"):
+        costs_nothing("qwen2_5_vl", monkeypatch)
 
 
 @tools.each_family
 def test_on_it_shows(family):
-    """The test above can fail: with records kept there are more operations, and as many hooks."""
+    """With records kept there are more operations, and as many hooks."""
     model, inputs = tools.build(family), tools.prompt_of(family, tools.mixed(family))
     off, hooks, _, _ = operations(model, inputs, family)
     on, traced_hooks, ran, report = operations(model, inputs, family, trace=True)

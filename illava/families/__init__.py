@@ -7,6 +7,7 @@ from types import ModuleType
 
 from illava.errors import UnsupportedModelError
 from illava.families.about import About
+from illava.families.cutting import Cutting
 
 _FILES = {
     "internvl": "illava.families.internvl",
@@ -31,6 +32,12 @@ def supported_models() -> tuple[str, ...]:
 def about(model_type: str) -> About:
     """What an architecture's file says about it, for people."""
     return import_module(_FILES[model_type]).ABOUT[model_type]
+
+
+def cutting(model_type: str) -> Cutting:
+    """How an architecture's processor cuts pictures up; not at all where its file says nothing of it."""
+    said = getattr(import_module(_FILES[model_type]), "CUTTING", {}) if model_type in _FILES else {}
+    return said.get(model_type, Cutting())
 
 
 def family_of(model_type: str, class_name: str) -> ModuleType:

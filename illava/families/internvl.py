@@ -20,6 +20,7 @@ from torch import nn
 
 from illava.families import visual
 from illava.families.about import About
+from illava.families.cutting import Cutting
 from illava.families.layout import Layout, Survivors, spread_tiles
 from illava.families.parts import core_of, part, used_blocks
 from illava.families.seams import Projector, Seams
@@ -28,6 +29,7 @@ from illava.plan import LLM_PAPER, VIT_PAPER
 from illava.schedule import scale_layers
 
 ABOUT = {"internvl": About("InternVL 2.5 to 3.5", "2 x 2 patches", "4, 7, 10 of 24", "2, 9, 16 of 32")}
+CUTTING = {"internvl": Cutting(whole="last")}
 
 
 def find_seams(model: nn.Module) -> Seams:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from illava.errors import SeamError
 from illava.families import internvl, visual
 from illava.families.about import About
+from illava.families.cutting import Cutting
 from illava.families.layout import Layout, Survivors, spread_tiles
 from illava.families.parts import part, used_blocks
 from illava.families.seams import Observed, Projector, Seams
@@ -38,6 +39,7 @@ ABOUT = {
         "InternVL 2.5, published code", "2 x 2 patches", "as internvl", "2, 8, 14 of 28, scaled"
     )
 }
+CUTTING = {"internvl_chat": Cutting(whole="last")}
 
 
 def find_seams(model: nn.Module) -> Seams:

@@ -24,6 +24,7 @@ from torch import nn
 
 from illava.families import visual
 from illava.families.about import About
+from illava.families.cutting import Cutting
 from illava.families.layout import Layout, Survivors, spread_tiles
 from illava.families.parts import core_of, part, used_blocks
 from illava.families.seams import Projector, Seams
@@ -37,6 +38,7 @@ ABOUT = {
         "LLaVA-NeXT 7B, 13B, 34B", "a patch", "4, 6, 9 of the 23 that are read", "2, 9, 16 of 32"
     ),
 }
+CUTTING = {name: Cutting(whole="first", padded=True) for name in ABOUT}
 
 
 def find_seams(model: nn.Module) -> Seams:

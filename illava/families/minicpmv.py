@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from illava.families import visual
 from illava.families.about import About
+from illava.families.cutting import Cutting
 from illava.families.layout import Layout, Survivors
 from illava.families.parts import core_of, part
 from illava.families.seams import Projector, Regrid, Seams
@@ -40,6 +41,7 @@ ABOUT = {
     "minicpmv4_6": About("MiniCPM-V 4.6", *_ABOUT),
     "minicpmv4_7": About("MiniCPM-V 4.7", *_ABOUT),
 }
+CUTTING = {name: Cutting(whole="first", slices=True, keeps_shape=True) for name in ABOUT}
 
 
 def find_seams(model: nn.Module) -> Seams:

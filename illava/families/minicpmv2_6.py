@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from illava.errors import SeamError
 from illava.families import visual
 from illava.families.about import About
+from illava.families.cutting import Cutting
 from illava.families.layout import Layout, Survivors
 from illava.families.parts import part
 from illava.families.seams import Observed, Projector, Seams
@@ -37,6 +38,7 @@ from illava.sparse import sparse
 from illava.transfer import on
 
 ABOUT = {"minicpmv": About("MiniCPM-V 2.6, published code", "a patch", "4, 8, 11 of 27", "2, 8, 14 of 28")}
+CUTTING = {"minicpmv": Cutting(whole="first", slices=True, keeps_shape=True)}
 
 
 def find_seams(model: nn.Module) -> Seams:
@@ -132,14 +134,15 @@ def joining_methods(state: Any) -> tuple[tuple[nn.Module, str, Callable[..., Any
 
 def _reads(output: Any, alive: Survivors) -> list[Tensor]:
     """How the queries look at each slice's patches, mean over heads: `[queries, patches]`, sparse."""
-    starts = accumulate(alive.layout.frame_units, initial=0)
-    places = alive.units.split(list(alive.frame_counts))
+    sizes = alive.layout.frame_units
+    starts = [*accumulate(sizes, initial=0)][:-1]
+    left = alive.units.split(list(alive.frame_counts))
     found = []  # output[1] is [slices, queries, n]
-    for looks, own, start, size in zip(output[1], places, starts, alive.layout.frame_units, strict=False):
+    for looks, own, start, size in zip(output[1], left, starts, sizes, strict=True):
         weights, columns = looks[:, : len(own)].double().cpu(), own.cpu() - start
         rows = torch.arange(len(weights))[:, None].expand_as(weights)
-        places = rows.flatten(), columns.expand_as(weights).flatten()
-        found.append(sparse(*places, weights.flatten(), (len(weights), size)))
+        columns = columns.expand_as(weights)
+        found.append(sparse(rows.flatten(), columns.flatten(), weights.flatten(), (len(weights), size)))
     return found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from illava.errors import SeamError
 from illava.sparse import sparse
 
-# Weights of an interpolation that are nothing but rounding.
+# Weights of a packed feature that are nothing but rounding.
 TINY = 1e-4
 # Sources of one packed feature are neighbours on the picture, and lie in tiles next to each other. Features
 # of one colour, by parity of row and column and by tile, are never both among them.

@@ -19,6 +19,7 @@ from torch import nn
 
 from illava.families import visual
 from illava.families.about import About
+from illava.families.cutting import Cutting
 from illava.families.layout import Layout
 from illava.families.parts import core_of, part
 from illava.families.seams import Projector, Seams
@@ -35,6 +36,7 @@ ABOUT = {
     ),
     "qwen2_vl": About("Qwen2-VL", "2 x 2 patches", "5, 9, 13 of 32", "2, 8, 14 of 28"),
 }
+CUTTING = {name: Cutting(keeps_shape=True) for name in ABOUT}
 
 
 def find_seams(model: nn.Module) -> Seams:

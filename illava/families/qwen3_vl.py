@@ -19,6 +19,7 @@ from torch import nn
 
 from illava.families import qwen2_vl
 from illava.families.about import About
+from illava.families.cutting import Cutting
 from illava.families.parts import part
 from illava.families.qwen2_vl import layout, visual_input
 from illava.families.seams import Additions, Projector, Seams
@@ -29,6 +30,7 @@ ABOUT = {
     "qwen3_vl": About("Qwen3-VL", "2 x 2 patches", "4, 8, 11 of 27", "3, 10, 18 of 36"),
     "qwen3_vl_moe": About("Qwen3-VL-MoE", "2 x 2 patches", "4, 8, 11 of 27", "3, 10, 18 of 36"),
 }
+CUTTING = {name: Cutting(keeps_shape=True) for name in ABOUT}
 
 
 def find_seams(model: nn.Module) -> Seams:

@@ -145,7 +145,7 @@ class EncoderHooks:
         return call_by_name(module, seam.squeeze(arguments(module, args, kwargs), alive))
 
     def leave_projector(self, seam: Projector, output: Any) -> Any:
-        if self.state.trace and seam.reads is not None:
+        if seam.reads is not None and any(c.trace is not None for c in self._calls()):
             self._trace_reads(seam.reads(output, self._standing(seam)))
         alive = self._survivors(seam)
         if alive is not None:
@@ -159,7 +159,7 @@ class EncoderHooks:
         return self._standing(seam) if any(c.removes for c in self._calls()) else None
 
     def _standing(self, seam: Projector) -> Survivors:
-        """The same, also where nothing was merged."""
+        """The same of calls that merged nothing; there must be one."""
         first, *others = (c.stage(seam.block + 1).survivors() for c in self._calls())
         return first.followed_by(others)
 

@@ -65,7 +65,11 @@ def _run(
         call.attended[call.scored_at[layer]] = seen[0], seen[1], scale
     hidden = call.leave_layer(layer, hidden, (cos, sin))
     now = call.layers.now
-    return [hidden, *(now.rotary or (cos, sin)), *(mask for mask in now.masks if mask is not None)]
+    if now.rotary is None:
+        raise RuntimeError(
+            f"the merge after decoder layer {layer} left no positions for the layers behind it"
+        )
+    return [hidden, *now.rotary, *(mask for mask in now.masks if mask is not None)]
 
 
 @torch.library.register_fake("illava::merge", lib=_LIBRARY)

@@ -121,7 +121,7 @@ class LanguageHooks:
             return None
         if call.changes_length:
             refuse_router_logits(self._wanted(module, call_args, "output_router_logits"))
-        if cache is None and self._wants_cache(module, call_args):
+        if cache is None and self._wanted(module, call_args, "use_cache"):  # laid out before layers run
             cache = call_args["past_key_values"] = DynamicCache(config=module.config)
         sequence.check_cache(cache)
         positions = call_args.get("position_ids")
@@ -143,11 +143,6 @@ class LanguageHooks:
         self.state.begin_language(call)
         return (), call_args
 
-    def _wants_cache(self, module: Any, call_args: dict[str, Any]) -> bool:
-        """Whether the model would make itself a cache, which is laid out here before its layers run."""
-        said = call_args.get("use_cache")
-        return bool(getattr(module.config, "use_cache", False) if said is None else said)
-
     def generate(self, module: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
         """The module's own `generate`; its calls learn where the prompt ends, whatever stands behind it."""
         named = (kwargs.get(name) for name in ("attention_mask", "input_ids", "inputs", "inputs_embeds"))
@@ -163,7 +158,7 @@ class LanguageHooks:
             return own(*args, **kwargs)
 
     def _wanted(self, module: Any, call_args: Any, name: str) -> bool:
-        """Whether the caller, or else the config, wants what every layer gives."""
+        """Whether the caller, or else the config, wants it: what every layer gives, or a cache."""
         own = call_args.get(name)
         return bool(getattr(module.config, name, False) if own is None else own)
 

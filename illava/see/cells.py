@@ -33,8 +33,7 @@ class Cell:
     @property
     def steps(self) -> dict[int, Step]:
         """What the merge left, of each provenance on the view by its `id`."""
-        own = [place.provenance for place in self.view.places]
-        return {} if self.merge is None else {id(p): p.merges[self.merge] for p in own}
+        return {} if self.merge is None else {id(p): p.merges[self.merge] for p, _ in self.view.pictures}
 
     @property
     def caption(self) -> str:
@@ -42,21 +41,19 @@ class Cell:
         if self.heat:
             return ""
         if self.merge is None:
-            counts = [_patches(p.provenance, p.frame) // p.provenance.unit_side**2 for p in self.view.places]
-            return f"{sum(counts):,} tokens"
+            sizes = [(p.provenance.frames[p.frame], p.provenance.unit_side) for p in self.view.places]
+            return f"{sum((height // side) * (width // side) for (height, width), side in sizes):,} tokens"
         left, recycled = self._standing()
         return f"{left:,} left, {recycled:,} recycled" if recycled else f"{left:,} left"
 
     def _standing(self) -> tuple[int, int]:
         """How many tokens stand here, and how many of them took in others in this merge."""
         steps, left, recycled = self.steps, 0, 0
-        for own in {id(place.provenance): place.provenance for place in self.view.places}.values():
-            step = steps[id(own)]
-            here = torch.zeros(own.patches, dtype=torch.bool)
-            frames = here.split([h * w for h, w in own.frames])
-            for place in self.view.places:
-                if place.provenance is own:
-                    frames[place.frame].fill_(True)
+        for own, places in self.view.pictures:
+            step, here = steps[id(own)], torch.zeros(own.patches, dtype=torch.bool)
+            frames = own.maps(here)
+            for place in places:
+                frames[place.frame].fill_(True)
             rows, patches, _ = entries(step.stands)
             tokens = rows[here[patches]].unique()  # packing may lay one across the edge of two tiles
             left, recycled = left + len(tokens), recycled + int(step.recycled[tokens].sum())
@@ -147,12 +144,7 @@ def _widest(view: View) -> float:
 
 def _total(found: Sequence[View], merge: int | None) -> int:
     """The tokens of all pictures on some views, whichever of their frames are shown."""
-    own = {id(place.provenance): place.provenance for view in found for place in view.places}
+    own = {id(p): p for view in found for p, _ in view.pictures}
     if merge is None:
         return sum(p.patches // p.unit_side**2 for p in own.values())
     return sum(len(p.merges[merge].tokens) for p in own.values())
-
-
-def _patches(own: Provenance, frame: int) -> int:
-    height, width = own.frames[frame]
-    return height * width

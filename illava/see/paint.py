@@ -81,8 +81,8 @@ def colour(number: int) -> str:
 
 def is_placed(view: View, steps: Steps) -> bool:
     """Whether tokens stand somewhere on the picture; those of a resampler read all of it."""
-    for place in view.places:
-        own, step = place.provenance, steps[id(place.provenance)]
+    for own, _ in view.pictures:
+        step = steps[id(own)]
         if len(entries(step.stands)[0]) > PLACED_UNITS * own.unit_side**2 * max(1, len(step.tokens)):
             return False
     return True
@@ -91,10 +91,9 @@ def is_placed(view: View, steps: Steps) -> bool:
 def numbering(view: View, steps: Steps) -> dict[int, int]:
     """By provenance's `id`, how many groups of others come before its own on the view."""
     found, number = {}, 0
-    for place in view.places:
-        if id(place.provenance) not in found:
-            found[id(place.provenance)] = number
-            number += int(steps[id(place.provenance)].recycled.sum())
+    for own, _ in view.pictures:
+        found[id(own)] = number
+        number += int(steps[id(own)].recycled.sum())
     return found
 
 
@@ -122,33 +121,28 @@ def groups(step: Step) -> tuple[Tensor, Tensor]:
 def paint_step(view: View, steps: Steps) -> np.ndarray:
     """What a merge left of a view's frames, `[height, width, 3]` from 0 to 1."""
     picture = drawn(view.picture)
-    grey = picture.mean(axis=2, keepdims=True).repeat(3, axis=2)
     if not is_placed(view, steps):
-        share = np.full((*picture.shape[:2], 1), DROPPED)
-        for place in view.places:
-            step = steps[id(place.provenance)]
-            grid(picture.shape, place).paint(share, _of_frame(place, _read_share(step))[..., None])
-        return picture * share
-    before = numbering(view, steps)
-    result = _striped(picture.shape)
-    for place in view.places:
-        step, where = steps[id(place.provenance)], grid(picture.shape, place)
+        return picture * _read_shares(view, steps, picture.shape)
+    grey = picture.mean(axis=2, keepdims=True).repeat(3, axis=2)
+    absorbed = ABSORBED + (1 - VEIL) * grey
+    untinted = (1 - TINT) * (0.25 + 0.6 * grey)
+    palette = np.array([(0.0, 0.0, 0.0), *map(to_rgb, GROUPS)])
+    before, result = numbering(view, steps), _striped(picture.shape)
+    for own, places in view.pictures:
+        step = steps[id(own)]
         _, taken = groups(step)
-        taken[taken > 0] += before[id(place.provenance)]
-        absorbed = ABSORBED + (1 - VEIL) * grey
-        palette = np.array([(0.0, 0.0, 0.0), *map(to_rgb, GROUPS)])
-        tinted = np.zeros_like(picture)
-        numbers = _of_frame(place, taken)
-        where.paint(tinted, palette[np.where(numbers > 0, (numbers - 1) % len(GROUPS) + 1, 0)])
-        tinted = TINT * tinted + (1 - TINT) * (0.25 + 0.6 * grey)
-        for shown, inside in (
-            (absorbed, _of_frame(place, step.absorbed)),
-            (tinted, numbers > 0),
-            (picture, _of_frame(place, step.state) != GONE),
-        ):
-            mask = np.zeros(picture.shape[:2], dtype=bool)
-            where.paint(mask, inside)
-            result[mask] = shown[mask]
+        taken[taken > 0] += before[id(own)]
+        for place in places:
+            where, numbers, tint = grid(picture.shape, place), of_frame(place, taken), np.zeros_like(picture)
+            where.paint(tint, palette[np.where(numbers > 0, (numbers - 1) % len(GROUPS) + 1, 0)])
+            for shown, inside in (
+                (absorbed, of_frame(place, step.absorbed)),
+                (TINT * tint + untinted, numbers > 0),
+                (picture, of_frame(place, step.state) != GONE),
+            ):
+                mask = np.zeros(picture.shape[:2], dtype=bool)
+                where.paint(mask, inside)
+                result[mask] = shown[mask]
     return result
 
 
@@ -160,20 +154,22 @@ def paint_importance(view: View, steps: Steps) -> np.ndarray:
     picture = drawn(view.picture)
     grey = picture.mean(axis=2, keepdims=True).repeat(3, axis=2)
     result = _striped(picture.shape)
-    for place in view.places:
-        importance = steps[id(place.provenance)].importance
+    for own, places in view.pictures:
+        importance = steps[id(own)].importance
         if importance is None:
             continue
-        ranks = _of_frame(place, _ranks(importance))
-        heat, known = np.zeros_like(picture), np.zeros(picture.shape[:2], dtype=bool)
-        where = grid(picture.shape, place)
-        where.paint(heat, colormaps[HEAT](np.nan_to_num(ranks))[..., :3])
-        where.paint(known, ~np.isnan(ranks))
-        result[known] = (HEAT_COVER * heat + (1 - HEAT_COVER) * grey)[known]
+        ranked = _ranks(importance)
+        for place in places:
+            ranks, where = of_frame(place, ranked), grid(picture.shape, place)
+            heat, known = np.zeros_like(picture), np.zeros(picture.shape[:2], dtype=bool)
+            where.paint(heat, colormaps[HEAT](np.nan_to_num(ranks))[..., :3])
+            where.paint(known, ~np.isnan(ranks))
+            result[known] = (HEAT_COVER * heat + (1 - HEAT_COVER) * grey)[known]
     return result
 
 
-def _of_frame(place: Place, values: Tensor) -> np.ndarray:
+def of_frame(place: Place, values: Tensor) -> np.ndarray:
+    """`[P]` values of the patches of a picture, those of one frame: `[height, width]`."""
     return place.provenance.maps(values)[place.frame].numpy()
 
 
@@ -193,7 +189,12 @@ def _ranks(importance: Tensor) -> Tensor:
     return ranked
 
 
-def _read_share(step: Step) -> Tensor:
+def _read_shares(view: View, steps: Steps, shape: tuple[int, ...]) -> np.ndarray:
     """Where tokens stand nowhere in particular: brightness by how much they are made of each patch."""
-    share = step.share
-    return DROPPED + (1 - DROPPED) * (share / share.max().clamp(min=torch.finfo(share.dtype).tiny)).sqrt()
+    shares = np.full((*shape[:2], 1), DROPPED)
+    for own, places in view.pictures:
+        share = steps[id(own)].share
+        bright = (share / share.max().clamp(min=torch.finfo(share.dtype).tiny)).sqrt()
+        for place in places:
+            grid(shape, place).paint(shares, of_frame(place, DROPPED + (1 - DROPPED) * bright)[..., None])
+    return shares

@@ -7,6 +7,7 @@ what they took in has the same colour and number.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -53,10 +54,11 @@ def draw_step(axes: Axes, view: View, steps: Steps, width: float) -> None:
     _show(axes, pixels)
     if paint.is_placed(view, steps):
         before = paint.numbering(view, steps)
-        for place in view.places:
-            step = steps[id(place.provenance)]
-            points = width * (place.box[2] - place.box[0]) / place.provenance.frames[place.frame][1]
-            _mark(axes, paint.grid(pixels.shape, place), place, step, before[id(place.provenance)], points)
+        for own, places in view.pictures:
+            marks = _Marks.of(steps[id(own)], before[id(own)])
+            for place in places:
+                points = width * (place.box[2] - place.box[0]) / own.frames[place.frame][1]
+                _mark(axes, paint.grid(pixels.shape, place), place, marks, points)
     _draw_tiles(axes, view)
 
 
@@ -76,33 +78,53 @@ def _draw_tiles(axes: Axes, view: View) -> None:
         )
 
 
-def _mark(axes: Axes, grid: Grid, place: Place, step: Step, before: int, points: float) -> None:
+@dataclass(frozen=True)
+class _Marks:
+    """What is marked on the patches `[P]` of one picture.
+
+    Attributes:
+        kept: where a token stands.
+        earlier: where one stands that took in others in an earlier merge, and none in this one.
+        hubs, taken: as `paint.groups` numbers groups.
+        before: how many groups come before this picture's.
+    """
+
+    kept: Tensor
+    earlier: Tensor
+    hubs: Tensor
+    taken: Tensor
+    before: int
+
+    @classmethod
+    def of(cls, step: Step, before: int) -> _Marks:
+        return cls(
+            step.state != GONE, _standing(step, step.mixed & ~step.recycled), *paint.groups(step), before
+        )
+
+
+def _mark(axes: Axes, grid: Grid, place: Place, marks: _Marks, points: float) -> None:
     """Outlines of what is kept and of what took in others, and the numbers of groups.
 
     Args:
-        before: how many groups come before this picture's.
         points: the width of a patch on the page.
     """
-    own = place.provenance
-    size = points * own.unit_side
+    side = place.provenance.unit_side
+    size = points * side
     thin = min(1.0, size / FULL)  # outlines of small units must leave something to see
-
-    def frame(values: Tensor) -> np.ndarray:
-        return own.maps(values)[place.frame].numpy()
-
-    _outline(axes, grid, {INFORMATIVE_EDGE: [frame(step.state) != GONE]}, 0.8 * thin)
-    earlier = step.mixed & ~step.recycled
-    _outline(axes, grid, {EARLIER_EDGE: [frame(_standing(step, earlier))]}, EARLIER_WIDTH * thin, rim=True)
-    hubs, taken = (frame(x) for x in paint.groups(step))
+    kept, earlier, hubs, taken = (
+        paint.of_frame(place, x) for x in (marks.kept, marks.earlier, marks.hubs, marks.taken)
+    )
+    _outline(axes, grid, {INFORMATIVE_EDGE: [kept]}, 0.8 * thin)
+    _outline(axes, grid, {EARLIER_EDGE: [earlier]}, EARLIER_WIDTH * thin, rim=True)
     regions: dict[str, list[np.ndarray]] = {}
     for number in np.unique(hubs[hubs > 0]).tolist():
-        regions.setdefault(paint.colour(before + number), []).append(hubs == number)
+        regions.setdefault(paint.colour(marks.before + number), []).append(hubs == number)
     _outline(axes, grid, regions, GROUP_WIDTH * thin, rim=True)
     if size < READABLE:
         return
     for numbers, circled in ((hubs, True), (taken, False)):
-        for x, y, number in _units(numbers, own.unit_side, grid):
-            _write(axes, x, y, before + number, size, circled)
+        for x, y, number in _units(numbers, side, grid):
+            _write(axes, x, y, marks.before + number, size, circled)
 
 
 def _standing(step: Step, tokens: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Where on the pictures the encoder's frames lie: whole, as tiles, as slices, with padding around them.
 
 A processor cuts a picture up before the model is called, and the call does not say how. From the number of
-tiles and the picture's shape it follows as the family's processor decides it.
+tiles and the picture's shape it follows as the family's processor decides it (`illava.families.cutting`).
 """
 
 from __future__ import annotations
@@ -12,16 +12,11 @@ from dataclasses import dataclass
 from PIL import Image
 
 from illava.errors import PictureError
+from illava.families import cutting
 from illava.provenance import Provenance
 from illava.see.given import Shown
 from illava.see.tiles import WHOLE, Box, grouped, laid_out
 
-# Families whose processors put a thumbnail of the whole behind its tiles, or ahead of them.
-THUMBNAIL_LAST = ("internvl", "internvl_chat")
-THUMBNAIL_FIRST = ("llava_next", "llava_onevision")
-# Families that encode the whole and its slices as pictures of their own.
-SLICING = ("minicpmv", "minicpmv4_6", "minicpmv4_7")
-KEEPING_SHAPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", *SLICING)
 REMEDY = (
     "pass those of one batch row (row=0 says which) as they went into the processor, a video as a list of "
     "its frames"
@@ -44,6 +39,14 @@ class View:
     name: str
     picture: Image.Image
     places: tuple[Place, ...]
+
+    @property
+    def pictures(self) -> list[tuple[Provenance, list[Place]]]:
+        """Each provenance on it (a slice may have its own), and which of the frames are its."""
+        found: dict[int, tuple[Provenance, list[Place]]] = {}
+        for place in self.places:
+            found.setdefault(id(place.provenance), (place.provenance, []))[1].append(place)
+        return list(found.values())
 
 
 def views(own: Sequence[Provenance], shown: Sequence[Shown], most_frames: int) -> list[View]:
@@ -114,7 +117,7 @@ def _spread(number: int, most: int) -> list[int]:
 
 
 def _slices(own: Sequence[Provenance]) -> bool:
-    return any(p.model_type in SLICING for p in own)
+    return any(cutting(p.model_type).slices for p in own)
 
 
 def _of_picture(name: str, group: Sequence[Provenance], picture: Image.Image) -> list[View]:
@@ -124,20 +127,17 @@ def _of_picture(name: str, group: Sequence[Provenance], picture: Image.Image) ->
     if len(frames) == 1:
         _check_shape(frames[0], picture)
         return [View(name, picture, tuple(frames))]
-    family = group[0].model_type
-    if family in THUMBNAIL_LAST:
-        *tiles, whole = frames
-    elif family in (*THUMBNAIL_FIRST, *SLICING):
-        whole, *tiles = frames
-    else:
+    cut = cutting(group[0].model_type)
+    if cut.whole is None:
         raise PictureError(
-            f"how {family} lays {len(frames)} tiles on a picture is not known; draw each of them from "
-            "`report.provenance`, or report this at the project's issue tracker"
+            f"how {group[0].model_type} lays {len(frames)} tiles on a picture is not known; draw each of "
+            "them from `report.provenance`, or report this at the project's issue tracker"
         )
+    whole, *tiles = frames if cut.whole == "first" else [frames[-1], *frames[:-1]]
     _check_shape(whole, picture)
-    canvas, boxes = laid_out(picture, len(tiles), padded=family in THUMBNAIL_FIRST)
-    cut = tuple(Place(x.provenance, x.frame, box) for x, box in zip(tiles, boxes, strict=True))
-    return [View(f"{name}, whole", picture, (whole,)), View(f"{name}, {len(tiles)} tiles", canvas, cut)]
+    canvas, boxes = laid_out(picture, len(tiles), padded=cut.padded)
+    laid = tuple(Place(x.provenance, x.frame, box) for x, box in zip(tiles, boxes, strict=True))
+    return [View(f"{name}, whole", picture, (whole,)), View(f"{name}, {len(tiles)} tiles", canvas, laid)]
 
 
 def _of_video(prefix: str, own: Provenance, frames: Shown, most: int) -> list[View]:
@@ -170,7 +170,7 @@ def _check_known(group: Sequence[Provenance]) -> None:
 def _check_shape(place: Place, picture: Image.Image) -> None:
     """Where a family keeps a picture's shape, whether it is this one's but for rounding to whole units."""
     own = place.provenance
-    if own.model_type not in KEEPING_SHAPE:
+    if not cutting(own.model_type).keeps_shape:
         return
     rows, columns = (length // own.unit_side for length in own.frames[place.frame])
     width, height = picture.size

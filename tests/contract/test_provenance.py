@@ -1,5 +1,7 @@
 """Provenance: what every token is made of, as slow references have it, and every patch accounted for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -9,6 +11,7 @@ import zoo
 from contract import tools
 from contract.one_hot import Follower, account, check_step, expected, same_provenance
 from contract.test_same_as_reference import options
+from illava.families import qwen2_vl
 from zoo.common import V5
 
 RULES = {
@@ -78,6 +81,22 @@ def test_a_row_of_a_batch_is_as_alone(family, side):
                 same_provenance(one, other)
 
 
+@pytest.mark.parametrize("name", ["tokens", "recycled", "mixed", "state", "sources", "stands"])
+def test_the_comparison_of_rows_reads_every_field(name):
+    """One entry that differs in one step, and two pictures are not the same."""
+    model, inputs = tools.build("qwen2_5_vl"), tools.prompt_of("qwen2_5_vl", "one picture")
+    with tools.patch(model, "qwen2_5_vl", trace=True, **tools.DEEP) as handle:
+        tools.forward(model, inputs)
+    (own,) = handle.report.provenance
+    same_provenance(own, replace(own))
+    *steps, last = own.merges
+    changed = getattr(last, name).to_dense().clone()
+    changed.view(-1)[-1] = changed.view(-1)[-1] == 0
+    other = replace(own, merges=(*steps, replace(last, **{name: changed})))
+    with pytest.raises(AssertionError):
+        same_provenance(own, other)
+
+
 @pytest.mark.slow
 @tools.each_family
 def test_beams_see_what_their_row_sees(family):
@@ -128,6 +147,38 @@ def test_features_that_the_caller_brings():
     assert own.frames == ((1, len(places)),)
     assert [s.stage for s in own.merges] == ["llm", "llm"]
     account(own)
+
+
+def test_a_projector_without_its_encoder(monkeypatch):
+    """Nobody knows what it reads then: nothing is written down, as in a language model called alone."""
+    model, find = tools.build("qwen2_5_vl"), qwen2_vl.find_seams
+    read = []
+
+    def find_seams(model):
+        seams = find(model)
+        own = [replace(p, reads=lambda output, alive: read.append(alive) or []) for p in seams.projectors]
+        return replace(seams, projectors=tuple(own))
+
+    monkeypatch.setattr(qwen2_vl, "find_seams", find_seams)
+    config = model.config
+    given = torch.Generator().manual_seed(0)
+    features = torch.randn(16, config.vision_config.hidden_size, generator=given)
+    embeds = torch.randn(1, 5, config.text_config.hidden_size, generator=given)
+    core = model.model
+
+    def alone():
+        with torch.no_grad():
+            return core.visual.merger(features), core.language_model(inputs_embeds=embeds).last_hidden_state
+
+    plain = alone()
+    with tools.patch(model, "qwen2_5_vl", trace=True, **tools.DEEP) as handle:
+        patched = alone()
+        assert handle.report is None
+        assert not read
+        tools.forward(model, tools.prompt_of("qwen2_5_vl", "one picture"))
+        assert len(read) == 1, "with the encoder it is written down"
+    for one, other in zip(plain, patched, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_without_trace_nothing_is_kept():
