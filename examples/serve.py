@@ -35,6 +35,7 @@ try:
     import illava
     from illava.harness.answering import Answerer
     from illava.harness.arguments import plan_from_arguments
+    from illava.memory import is_memory
 except ModuleNotFoundError as missing:
     raise SystemExit(
         f'serve.py needs {missing.name}, which is not installed: run `pip install ".[serve]"`'
@@ -129,15 +130,16 @@ class Service:
             raise RefusedError(429, f"{self.waiting} requests are waiting already; try again in a moment")
         answer = Answer(chat)
         self.unfinished += 1
-        task = asyncio.create_task(self._answer(answer))
-        self._tasks.add(task)  # the event loop itself would forget it
-        task.add_done_callback(self._tasks.discard)
+        answer.task = asyncio.create_task(self._answer(answer))
+        self._tasks.add(answer.task)  # the event loop itself would forget it
+        answer.task.add_done_callback(self._tasks.discard)
         return answer
 
     async def _answer(self, answer: Answer) -> None:
         """Whatever becomes of the client, the model is free again when this ends."""
         try:
             async with self._turn:
+                answer.begun = True
                 streamer = AsyncTextIteratorStreamer(
                     self.answerer.processor.tokenizer, True, skip_special_tokens=True
                 )
@@ -147,6 +149,8 @@ class Service:
                 usage = await worker
             self.answered += 1
             answer.parts.put_nowait(usage)
+        except asyncio.CancelledError:  # while it waited
+            answer.parts.put_nowait(RefusedError(499, "the client is gone"))
         except RefusedError as refused:
             answer.parts.put_nowait(refused)
         except Exception as error:  # whatever a model may raise: its client is told, the next has its turn
@@ -170,7 +174,9 @@ class Service:
                 **inputs, **sampling, streamer=streamer, stopping_criteria=[Unwanted(answer)],
                 max_new_tokens=min(asked, self.most_tokens),
             )  # fmt: skip
-        except torch.OutOfMemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            if not is_memory(error):
+                raise
             remedy = "send smaller pictures, or serve with a higher --reduction"
             raise RefusedError(413, f"this request does not fit in memory; {remedy}") from error
         finally:
@@ -200,7 +206,15 @@ class Answer:
     def __init__(self, chat: Chat) -> None:
         self.chat = chat
         self.parts: asyncio.Queue[str | Usage | RefusedError] = asyncio.Queue()
+        self.task: asyncio.Task[None] | None = None
+        self.begun = False
         self.unwanted = threading.Event()
+
+    def end(self) -> None:
+        """Its client is gone: what is being generated stops, what still waits gives its place back."""
+        self.unwanted.set()
+        if self.task is not None and not self.begun:
+            self.task.cancel()
 
     async def next_part(self) -> str | Usage:
         """The next piece, or the usage behind the last one; raises what went wrong."""
@@ -246,7 +260,7 @@ def picture(address: ImageURL | None) -> Image.Image:
     try:
         opened = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
         return opened.convert("RGB")
-    except (ValueError, SyntaxError, OSError, Image.DecompressionBombError) as error:  # PIL's and base64's
+    except Exception as error:  # what a broken picture raises is up to each of PIL's readers
         raise RefusedError(400, f"a picture cannot be read: {error}") from error
 
 
@@ -301,7 +315,7 @@ async def watch(request: Request, answer: Answer) -> None:
     """End an answer whose client leaves while it waits for the first piece, or for the whole."""
     while not await request.is_disconnected():
         await asyncio.sleep(0.2)
-    answer.unwanted.set()
+    answer.end()
 
 
 async def events(answer: Answer, part: str | Usage, about: dict[str, Any]) -> AsyncIterator[str]:
@@ -318,7 +332,7 @@ async def events(answer: Answer, part: str | Usage, about: dict[str, Any]) -> As
     except RefusedError as error:  # too late for a status
         yield f"data: {json.dumps({'error': as_error(error)})}\n\n"
     finally:
-        answer.unwanted.set()
+        answer.end()
 
 
 def event_of(about: dict[str, Any], delta: dict[str, Any], reason: str | None = None) -> str:

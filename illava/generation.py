@@ -57,14 +57,15 @@ def tokenizer_of(processor: Any) -> Any:
     return getattr(processor, "tokenizer", processor)
 
 
-def answer_lengths(model: Any, answers: Tensor) -> list[int]:
+def answer_lengths(model: Any, answers: Tensor, ends: int | Sequence[int] | None = None) -> list[int]:
     """Tokens of each answer, the one that ends it included.
 
     Args:
         answers: `[B, n]` new tokens; what comes after an end is padding.
+        ends: tokens that end an answer, where `generate` was not left the model's own.
     """
-    ends = model.generation_config.eos_token_id
-    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    ends = model.generation_config.eos_token_id if ends is None else ends
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     ended = torch.isin(answers, torch.tensor(ends, device=answers.device, dtype=answers.dtype)).long()
     after = ended.cumsum(1) - ended  # [B, n] ends before each token
     return (after == 0).sum(1).tolist()

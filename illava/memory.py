@@ -42,6 +42,9 @@ def unless_out_of_memory(call: Callable[[], T]) -> T | None:
 
 
 def first_that_fits(attempts: Iterable[tuple[str, Callable[[], object]]]) -> str | None:
-    """The name of the first attempt that does not run out of memory; `None` if all do."""
+    """The name of the first attempt that does not run out of memory; `None` if all do.
+
+    As above, no attempt returns `None`.
+    """
     free()
     return next((name for name, call in attempts if unless_out_of_memory(call) is not None), None)

@@ -192,6 +192,16 @@ def test_so_many_tokens_are_left_of_pictures_of_every_size(loaded, items, tmp_pa
     assert 30 <= max(left) == found.best.final_tokens <= 40
 
 
+def test_what_is_left_is_that_of_the_largest_prompt_wherever_it_is(loaded, items, tmp_path):
+    """Here in the half that chooses, while answers are counted on the other."""
+    (large,) = map(decoded, jobs.read_items(write_questions(tmp_path, ("find",), 1, side=192)))
+    trials = [Trials(loaded, half, 1, 2) for half in ([items[0], large], [items[1]])]
+    judge = Judge(loaded, *trials, lambda *_: None)
+    choice = judge.choice(Candidate((3,), (), 0.5, 0.5))
+    assert (judge.largest, choice.final_tokens) == (144, 72)
+    assert judge.choice(Candidate((), (), 0.0, 0.0)).final_tokens == 144
+
+
 def test_a_speed_up_out_of_reach(loaded, items):
     with pytest.raises(illava.NoPlanError, match="speed-up of 50"):
         evaluate.find_plan(loaded, items[:2], speedup=50, max_new_tokens=2)

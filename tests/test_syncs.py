@@ -42,13 +42,18 @@ class NoBlockingCopies(TorchDispatchMode):
 
 
 class OnDevice(TorchFunctionMode):
-    """Takes some tensors, and what is computed of them, for a device's; names each read of their values.
+    """Takes some tensors, and what is computed of them, for a device's; names reads of their values.
 
     Args:
         there: the tensors.
+
+    A copy by `to` is not seen: the device that is played here is the CPU itself.
     """
 
-    READS = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "cpu", "numpy", "nonzero")
+    READS = (
+        "__bool__", "__int__", "__float__", "__index__", "item", "tolist", "cpu", "numpy", "nonzero",
+        "equal", "allclose", "masked_select", "unique", "bincount",
+    )  # fmt: skip
 
     def __init__(self, *there):
         super().__init__()

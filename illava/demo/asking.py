@@ -19,6 +19,7 @@ from transformers.video_utils import VideoMetadata
 from illava.demo.media import Clip, Picture
 from illava.errors import DemoError
 from illava.generation import GREEDY, cache_bytes, processed
+from illava.memory import is_memory
 from illava.patching import patch
 from illava.plan import Plan
 from illava.report import Report
@@ -144,7 +145,9 @@ class Asker:
                 with patch(self.model, plan=plan, trace=True) as handle:
                     self._generate(inputs, 1)
                     answer = replace(answer, report=handle.report)
-        except torch.OutOfMemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            if not is_memory(error):
+                raise
             raise DemoError(
                 "the model ran out of memory; bring smaller or fewer pictures, or raise the reduction"
             ) from error

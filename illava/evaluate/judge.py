@@ -45,7 +45,9 @@ class Judge:
             rows = _row_tokens(batch.shown, batch.items)
             lengths = batch.inputs["attention_mask"].sum(1).tolist()
             texts += [length - tokens for length, tokens in zip(lengths, rows, strict=True)]
-            self.largest = max(self.largest, *rows)
+            if max(rows) > self.largest:
+                self.largest = max(rows)
+                self._largest = batch, rows.index(self.largest)
             reports.append(batch.shown)
         if not reports:
             raise DataError("the items bring no pictures; a plan is searched for on pictures and questions")
@@ -69,8 +71,10 @@ class Judge:
         """A candidate with its figures, counted on all of the data."""
         trials = self.confirm if confirm else self.search
         run = self._run(candidate, trials, None)
-        left = [max(_row_tokens(report, final=True), default=0) for report in run.reports]
-        return Choice(candidate.plan, share(run.equal), run.bound, max(left, default=self.largest))
+        batch, row = self._largest
+        report = trials.merged(candidate.plan, batch)
+        left = self.largest if report is None else _row_tokens(report, batch.items, final=True)[row]
+        return Choice(candidate.plan, share(run.equal), run.bound, left)
 
     def _run(self, candidate: Candidate, trials: Trials, allowed: int | None) -> Tried:
         key = candidate, trials is self.confirm
@@ -85,10 +89,9 @@ class Judge:
         return self._runs[key]
 
 
-def _row_tokens(report: illava.Report, rows: int = 0, *, final: bool = False) -> list[int]:
+def _row_tokens(report: illava.Report, rows: int, *, final: bool = False) -> list[int]:
     """Visual tokens of each row of a batch."""
-    count = max([rows, *(picture.row + 1 for picture in report.pictures)])
-    tokens = [0] * count
+    tokens = [0] * rows
     for picture in report.pictures:
         tokens[picture.row] += picture.final_tokens if final else picture.tokens
     return tokens

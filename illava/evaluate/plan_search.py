@@ -106,7 +106,7 @@ def _fitting(loaded: Loaded, items: Sequence[Item], batch_size: int, max_new_tok
             return trials
         if batch_size == 1:
             raise OutOfMemoryError(
-                f"{loaded.name} runs out of memory, unpatched, with a single item; a search needs its "
+                f"{loaded.name} runs out of memory with a single item; a search needs the unpatched model's "
                 "answers, so give smaller pictures"
             )
         batch_size //= 2

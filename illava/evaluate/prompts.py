@@ -58,7 +58,8 @@ def build_inputs(loaded: Loaded, items: Sequence[Item]) -> dict[str, Any]:
         )
     films = [item for item in items if item.clips]
     if films and getattr(processor, "video_processor", None) is None:
-        raise DataError(f"{loaded.name} takes pictures only; leave {_named(films)} out")
+        others = f" and {len(films) - 1} more" if len(films) > 1 else ""
+        raise DataError(f"{loaded.name} takes pictures only; leave {films[0].source}{others} out")
     texts = [_written(loaded, item) for item in items]
     pictures = [picture for item in items for picture in item.pictures]
     clips = [clip for item in films for clip in item.clips]
@@ -67,13 +68,9 @@ def build_inputs(loaded: Loaded, items: Sequence[Item]) -> dict[str, Any]:
     except (ValueError, RuntimeError, TypeError) as error:
         if is_memory(error):
             raise
-        raise DataError(f"{loaded.name}'s processor refuses {_named(items)}: {first_line(error)}") from error
-
-
-def _named(items: Sequence[Item]) -> str:
-    """One item by its source, several by the first and the last: which of them it was, nobody says."""
-    first, last = items[0].source, items[-1].source
-    return first if len(items) == 1 else f"one of {len(items)} items, {first} to {last}"
+        # Of several, nobody says which.
+        where = items[0].source if len(items) == 1 else f"one of {', '.join(x.source for x in items)}"
+        raise DataError(f"{loaded.name}'s processor refuses {where}: {first_line(error)}") from error
 
 
 def _written(loaded: Loaded, item: Item) -> str:

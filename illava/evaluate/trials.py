@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,18 +77,26 @@ class Trials:
 
     def _batch(self, items: list[Item]) -> Batch:
         inputs = build_inputs(self._loaded, items)
+        # Only a merge knows how many visual tokens each picture becomes, in every family.
+        shown = self._prefill(Plan(reduction=0.5), inputs)
         answer = speak(self._loaded, inputs, self._max_new_tokens)
         choices = torch.stack([scores.argmax(-1) for scores in answer.scores], dim=1)
         kept = Spoken(answer.ids, answer.lengths, [])  # distributions of all the data would not fit
-        # Only a merge knows how many visual tokens each picture becomes, in every family.
-        with illava.patch(self._loaded.model, plan=Plan(reduction=0.5)) as handle:
-            speak(self._loaded, inputs, 1)
         on_host = {name: x.cpu() for name, x in inputs.items()}
-        return Batch(on_host, len(items), handle.report, kept, choices)
+        return Batch(on_host, len(items), shown, kept, choices)
+
+    def _prefill(self, plan: Plan, inputs: Mapping[str, Any]) -> Report | None:
+        with illava.patch(self._loaded.model, plan=plan) as handle:
+            speak(self._loaded, inputs, 1)
+            return handle.report
 
     def on_device(self, batch: Batch) -> dict[str, Any]:
         """A batch's inputs where the model is."""
         return {name: x.to(self._loaded.device) for name, x in batch.inputs.items()}
+
+    def merged(self, plan: Plan, batch: Batch) -> Report | None:
+        """What a plan leaves of a batch's pictures; `None` if it removes nothing."""
+        return self._prefill(plan, self.on_device(batch))
 
     def race(self, plan: Plan, allowed: int | None = None) -> Tried:
         """Try a plan, and stop where more than `allowed` answers have changed.

@@ -35,9 +35,10 @@ def about(model_type: str) -> About:
 
 
 def cutting(model_type: str) -> Cutting:
-    """How an architecture's processor cuts pictures up; not at all where its file says nothing of it."""
-    said = getattr(import_module(_FILES[model_type]), "CUTTING", {}) if model_type in _FILES else {}
-    return said.get(model_type, Cutting())
+    """How an architecture's processor cuts pictures up; of one that has no file nothing is known."""
+    if model_type not in _FILES:
+        return Cutting()
+    return import_module(_FILES[model_type]).CUTTING[model_type]
 
 
 def family_of(model_type: str, class_name: str) -> ModuleType:

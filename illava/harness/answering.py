@@ -85,7 +85,7 @@ class Answerer:
         inputs = self.inputs(conversations)
         ids = self.model.generate(**inputs, **generation)[:, inputs["input_ids"].shape[1] :]
         texts = tokenizer_of(self.processor).batch_decode(ids, skip_special_tokens=True)
-        return list(zip(texts, answer_lengths(self.model, ids), strict=True))
+        return list(zip(texts, answer_lengths(self.model, ids, generation.get("eos_token_id")), strict=True))
 
     def inputs(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
         """Conversations as inputs of `generate`: one batch, padded on the left, on the model's device."""
