@@ -53,7 +53,7 @@ in_python() {
   local setting value
   local -a settings
   IFS=, read -ra settings <<<"${1#,}"
-  for setting in "${settings[@]}"; do
+  for setting in ${settings[@]+"${settings[@]}"}; do # bash before 4.4 takes an empty array for unset
     value=${setting#*=}
     if [[ ! $value =~ ^[0-9]*\.?[0-9]+$ ]]; then value="'$value'"; fi
     printf ", %s=%s" "${setting%%=*}" "$value"

@@ -101,6 +101,8 @@ def test_what_the_readme_says_of_the_tables():
     every = list(shares("tokens", 0.95))
     assert best("tokens", 0.95, every)[:2] == best("compute", 0.9, every)[:2] == ["FasterVLM", "illava later"]
     assert best("tokens", 0.9, every)[:3] == ["FasterVLM", "VisionZip", "illava later"]
+    most = set(best("compute", 0.95, list(shares("compute", 0.95)))[:2])
+    assert most == {"FasterVLM", "VisionZip"}
     assert shares("compute", 0.95)["FasterVLM"] == shares("compute", 0.95)["VisionZip"]
     assert "illava later" not in shares("compute", 0.95)
 

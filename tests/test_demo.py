@@ -66,7 +66,6 @@ def test_examples_are_pictures_and_a_clip_within_the_limits():
 
 def test_examples_are_answered_as_their_page_says():
     """Merging changes the answer to the fourth alone; 4.57 has all frames of the clip at once."""
-    torch.set_num_threads(1)
     asker, said = load(default_model(), "cpu"), []
     for sample in SAMPLES:
         prompt = Prompt([media.read(Path(file), Limits()) for file in sample.files], sample.question)
@@ -83,6 +82,24 @@ def test_examples_are_answered_as_their_page_says():
         from illava.demo.controls import REDUCTION
 
         assert REDUCTION == 77.8
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory")])
+def test_running_out_of_memory_is_said_in_words(error, monkeypatch):
+    asker, sample = load(default_model(), "cpu"), SAMPLES[0]
+
+    def generate(*_, **__):
+        raise error
+
+    monkeypatch.setattr(asker, "_generate", generate)
+    prompt = Prompt([media.read(Path(file), Limits()) for file in sample.files], sample.question)
+    try:
+        with pytest.raises(DemoError, match="ran out of memory; bring smaller or fewer pictures"):
+            list(asker.ask(prompt, Plan(), answer_tokens=2, stop=threading.Event()))
+        monkeypatch.undo()
+        assert list(asker.ask(prompt, Plan(), answer_tokens=2, stop=threading.Event()))[-1].done
+    finally:
+        asker.close()
 
 
 def test_a_large_picture_is_shrunk_and_turned_upright(tmp_path):
