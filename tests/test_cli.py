@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.datasets import load_sample_image
 from transformers.utils import logging
 from typer.testing import CliRunner
@@ -120,12 +121,14 @@ def test_results_of_another_question_are_not_gone_on_with(checkpoint, picture, i
 
 
 def test_folders_that_are_no_checkpoint(checkpoint, picture, illava_says, tmp_path):
-    bare, other, torn = tmp_path / "bare", tmp_path / "other", tmp_path / "torn"
+    bare, other, torn, pickled = (tmp_path / name for name in ("bare", "other", "torn", "pickled"))
     (tmp_path / "nothing").mkdir()
-    for folder in (bare, other, torn):
+    for folder in (bare, other, torn, pickled):
         shutil.copytree(checkpoint, folder)
     (bare / "model.safetensors").unlink()
     (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:1000])
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
     config = json.loads((other / "config.json").read_text()) | {"model_type": "bert"}
     (other / "config.json").write_text(json.dumps(config))
     for folder, reason in (
@@ -134,6 +137,7 @@ def test_folders_that_are_no_checkpoint(checkpoint, picture, illava_says, tmp_pa
         (checkpoint / "config.json", "is a file; give the folder"),
         (bare, "a config but no weights.*--random-weights"),
         (torn, "broken weights.*again"),
+        (pickled, "its weights in pytorch_model.bin; illava loads safetensors only.*save_pretrained"),
         (other, "a model of type 'bert', which illava does not know.*qwen2_5_vl"),
     ):
         status, said, error = illava_says("run", folder, "--image", picture)

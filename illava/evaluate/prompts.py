@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from illava.errors import CheckpointError, DataError
-from illava.evaluate.loading import Loaded, first_line
+from illava.evaluate.loading import Loaded
 from illava.generation import processed
 from illava.jobs import Item, Skipped, decode
 from illava.memory import is_memory
+from illava.weights import first_line
 
 
 def decoded(item: Item | Skipped) -> Item:
