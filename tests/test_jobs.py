@@ -382,6 +382,40 @@ def test_results_of_other_settings_are_refused(folder, tmp_path):
         job(items, Colours(), results, settings={"model": "a", "plan": {"reduction": 0.8}})
 
 
+@pytest.mark.parametrize("torn", ["", '{"model": "a', "[1]", "\x00\x00"])
+def test_settings_that_a_crash_tore_are_said(folder, tmp_path, torn):
+    results, items = tmp_path / "r.jsonl", jobs.read_items(folder)
+    beside = tmp_path / "r.jsonl.settings.json"
+    job(items, Colours(), results, settings={"model": "a"})
+    whole, done = beside.read_text(), results.read_bytes()
+    beside.write_text(torn)
+    with pytest.raises(illava.errors.DataError, match=r"r\.jsonl\.settings\.json cannot be read .*delete it and run"):
+        job(items, Colours(), results, settings={"model": "a"})
+    assert results.read_bytes() == done
+    beside.unlink()
+    job(items, Colours(), results, settings={"model": "a"})
+    assert (beside.read_text(), results.read_bytes()) == (whole, done), "as the message advises"
+
+
+def test_settings_are_there_as_a_whole_or_not_at_all(folder, tmp_path, monkeypatch):
+    """Killed before the new file takes its place, the old one stands; one that is right is left alone."""
+    results, beside = tmp_path / "r.jsonl", tmp_path / "r.jsonl.settings.json"
+    beside.write_text('{"model": "of a job without results"}')
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            job(jobs.read_items(folder), Colours(), results, settings={"model": "b"})
+        assert json.loads(beside.read_text()) == {"model": "of a job without results"}
+    job(jobs.read_items(folder), Colours(), results, settings={"model": "b"})
+    assert json.loads(beside.read_text()) == {"model": "b"}
+    monkeypatch.setattr("os.replace", killed)
+    job(jobs.read_items(folder), Colours(), results, settings={"model": "b"})
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [({"batch_size": 0}, "no batch"), ({"engine": "spark"}, "choose"), ({"workers": 2}, "engine='ray'")],
