@@ -233,7 +233,10 @@ def test_errors_nobody_expects_are_a_sentence_too(checkpoint, picture, illava_sa
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr("illava.evaluate.loading.load", too_large)
-    assert "give a smaller --batch-size" in illava_says("run", checkpoint, "--image", picture)[2]
+    assert (
+        "where the model itself does not fit, --dtype bfloat16"
+        in illava_says("run", checkpoint, "--image", picture)[2]
+    )
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt

@@ -268,8 +268,15 @@ def test_out_of_memory_says_which_plan_would_fit(loaded, items, narrow):
         loaded.model(**inputs)
         gone = handle.report.tokens - handle.report.final_tokens
     narrow(inputs["input_ids"].shape[1] - gone)
-    with pytest.raises(illava.OutOfMemoryError, match="with --reduction 0.889 it fits"):
+    same_plan = "with reduction 0.889 in the same plan the prompt fits"
+    with pytest.raises(illava.OutOfMemoryError, match=same_plan):
         evaluate.answer(loaded, items[0], Plan(reduction=0.5), max_new_tokens=2)
+    # Plans that merge where it is too late: no reduction of theirs helps, and no other plan's is advised.
+    with pytest.raises(illava.OutOfMemoryError, match="does not fit at reduction 0.950 either"):
+        evaluate.answer(loaded, items[0], Plan((), (5,), 0.8, encoder_share=0), max_new_tokens=2)
+    # A budget that is no reduction: of the default layers, and said so.
+    with pytest.raises(illava.OutOfMemoryError, match=r"illava.Plan\(reduction=0.889\), which is --reduction"):
+        evaluate.answer(loaded, items[0], Plan((), (5,), llm_shares=(0.5,)), max_new_tokens=2)
     narrow(1)
     with pytest.raises(illava.OutOfMemoryError, match="smaller or fewer pictures"):
         evaluate.answer(loaded, items[0], max_new_tokens=2)
