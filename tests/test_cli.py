@@ -1,5 +1,6 @@
 """What `illava` says to bad input: a sentence with the value, the reason, the remedy, and an exit status."""
 
+import io
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 from sklearn.datasets import load_sample_image
 from transformers.utils import logging
@@ -254,6 +256,31 @@ def test_without_its_extra_a_plot_is_a_note(checkpoint, illava_says, monkeypatch
     assert status == 0
     assert "50 %" in said
     assert 'pip install "illava[evaluate]"' in error
+
+
+def test_whatever_may_take_long_says_so_meanwhile(checkpoint, picture, illava_says, tmp_path, monkeypatch):
+    """On a terminal: what the spinners and bars of stderr showed before they went."""
+    monkeypatch.setenv("TERM", "xterm")
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(3):
+        shutil.copy(picture, folder / f"{number}.jpg")
+    few = ["--max-new-tokens", 1, "--json"]
+    for arguments, shown in (
+        (["run", checkpoint, "--image", picture, *few], ("loading", "answering")),
+        (["run", checkpoint, "--image", picture, "--max-new-tokens", 1], ("reading", "answering")),
+        (["run", checkpoint, "--data", folder, *few], ("looking into", "counting the items")),
+        (["bench", checkpoint, "--image", folder, "--rounds", 1, "--json"], ("3/3", "preparing")),
+        (["plan", checkpoint, "--data", folder, "--max-tokens", 1000, *few], ("looking into", "3/3")),
+        (["fidelity", checkpoint, "--data", folder, *few], ("counting the items", "summing up")),
+    ):
+        terminal = Console(file=io.StringIO(), force_terminal=True, width=200)
+        for module in ("console", "run", "fidelity"):  # those that hand it on
+            monkeypatch.setattr(f"illava.cli.{module}.notes", terminal)
+        status, _, _ = illava_says(*arguments)
+        assert status == (console.NOT_REACHED if arguments[0] == "plan" else 0)
+        for word in shown:
+            assert word in terminal.file.getvalue(), (arguments, word)
 
 
 @pytest.mark.slow

@@ -275,7 +275,9 @@ def test_out_of_memory_says_which_plan_would_fit(loaded, items, narrow):
     with pytest.raises(illava.OutOfMemoryError, match="does not fit at reduction 0.950 either"):
         evaluate.answer(loaded, items[0], Plan((), (5,), 0.8, encoder_share=0), max_new_tokens=2)
     # A budget that is no reduction: of the default layers, and said so.
-    with pytest.raises(illava.OutOfMemoryError, match=r"illava.Plan\(reduction=0.889\), which is --reduction"):
+    with pytest.raises(
+        illava.OutOfMemoryError, match=r"illava.Plan\(reduction=0.889\), which is --reduction"
+    ):
         evaluate.answer(loaded, items[0], Plan((), (5,), llm_shares=(0.5,)), max_new_tokens=2)
     narrow(1)
     with pytest.raises(illava.OutOfMemoryError, match="smaller or fewer pictures"):
