@@ -1,6 +1,8 @@
 """Answers, agreement and speed as illava.evaluate counts them, against their definitions."""
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -329,3 +331,25 @@ def test_everything_in_the_namespace_is_there():
     assert set(evaluate.__all__) == set(evaluate._HOME)
     with pytest.raises(AttributeError, match="nothing_like_it"):
         evaluate.nothing_like_it  # noqa: B018
+
+
+def test_what_the_page_shows_runs(loaded, tmp_path, monkeypatch, capsys):
+    """The Python of docs/command_line.md, with a small model and two questions in place of the reader's."""
+    page = (Path(__file__).parent.parent / "docs" / "command_line.md").read_text()
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", page.partition("## From Python")[2], re.MULTILINE | re.DOTALL
+    )
+    shown = "\n".join(blocks)
+    assert all(f"evaluate.{name}(" in page for name in ("load", "answer", "compare", "bench", "fidelity"))
+    for number in range(2):
+        photograph(tmp_path / f"{number}.png", 112, 84)
+    lines = [json.dumps({"image": f"{number}.png", "prompt": "what is this ?"}) for number in range(2)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "load", lambda name: loaded, raising=False)
+    names: dict = {}
+    exec(shown, names)
+    assert names["found"].agreement["77.8 %"].items == 2
+    assert names["both"].patched.text == names["said"].text
+    assert names["timed"].rounds == 3
+    assert "Plan(" in capsys.readouterr().out

@@ -101,7 +101,7 @@ def answer(
         PlanError: a plan this model cannot carry out.
         OutOfMemoryError: the prompt does not fit; says under which plan it would.
     """
-    inputs = build_inputs(loaded, [decoded(item)])
+    inputs = build_inputs(loaded, [item])
     said = unless_out_of_memory(lambda: _generate(loaded, inputs, plan, max_new_tokens, on_text))
     if said is None:
         raise OutOfMemoryError(what_fits(loaded, inputs, plan))
