@@ -13,7 +13,7 @@ from sklearn.datasets import load_sample_image
 import illava
 import tiny_checkpoint
 from illava import Plan, evaluate, jobs
-from illava.evaluate import agreement, answers, speed, statistics
+from illava.evaluate import agreement, answers, quality, speed, statistics
 from illava.evaluate.forcing import speak
 from illava.evaluate.prompts import build_inputs, decoded
 from illava.evaluate.quality import hold
@@ -331,6 +331,45 @@ def test_everything_in_the_namespace_is_there():
     assert set(evaluate.__all__) == set(evaluate._HOME)
     with pytest.raises(AttributeError, match="nothing_like_it"):
         evaluate.nothing_like_it  # noqa: B018
+
+
+RECORD = {"key": "a", "source": "a.png", "prompt": "?", "images": ["a.png"], "videos": [], "answer": "yes"}
+HELD = {"answer": "no", "tokens": 2, "equal_tokens": 1, "kl_sum": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "no object"),
+        (json.dumps(RECORD), "no plans"),
+        (json.dumps(RECORD | {"plans": {"p": {"answer": "no"}}}), "tokens=None"),
+        (json.dumps(RECORD | {"plans": {"p": HELD | {"answer": 1}}}), "without its answer"),
+        (json.dumps(RECORD | {"plans": {"p": HELD}, "images": None}), "no list of images"),
+        (json.dumps({"key": "a", "answer": "yes"}), "no text as 'source'"),
+        (json.dumps({"key": "a", "source": "a.png", "failed": None}), "no text as 'failed'"),
+        (b"\xff", "can't decode"),
+    ],
+)
+def test_a_damaged_line_of_results_is_named(line, reason, tmp_path):
+    whole = json.dumps(RECORD | {"plans": {"p": HELD}}).encode()
+    path = tmp_path / "held.jsonl"
+    path.write_bytes(whole + b"\n" + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    with pytest.raises(illava.DataError, match=rf"held.jsonl:2 is no result .*{reason}.*delete the line"):
+        evaluate.summarise(evaluate.read_records(path), {"p": MERGING})
+
+
+def test_results_of_other_plans_are_not_summed_up():
+    with pytest.raises(illava.DataError, match="a.png is of the plans p, not of q; give"):
+        evaluate.summarise([RECORD | {"plans": {"p": HELD}}], {"q": MERGING})
+    with pytest.raises(illava.DataError, match="a record of fidelity is damaged .no plans"):
+        evaluate.summarise([RECORD], {"q": MERGING})
+
+
+def test_half_a_character_in_an_answer_that_changed_is_written(tmp_path):
+    found = evaluate.summarise([RECORD | {"plans": {"p": HELD | {"answer": "\ud83d"}}}], {"p": MERGING})
+    quality.write_disagreements(found, tmp_path / "d.jsonl")
+    assert json.loads((tmp_path / "d.jsonl").read_bytes())["patched"] == "\ud83d"
 
 
 def test_what_the_page_shows_runs(loaded, tmp_path, monkeypatch, capsys):
