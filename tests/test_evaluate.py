@@ -282,8 +282,8 @@ def test_out_of_memory_says_which_plan_would_fit(loaded, items, narrow):
     ):
         evaluate.answer(loaded, items[0], Plan((), (5,), llm_shares=(0.5,)), max_new_tokens=2)
     narrow(1)
-    with pytest.raises(illava.OutOfMemoryError, match="smaller or fewer pictures"):
-        evaluate.answer(loaded, items[0], max_new_tokens=2)
+    with pytest.raises(illava.OutOfMemoryError, match="ask without comparing: .*smaller or fewer pictures"):
+        evaluate.compare(loaded, items[0], MERGING, max_new_tokens=2)
     assert getattr(loaded.model, "_illava_handle", None) is None
 
 

@@ -147,7 +147,10 @@ def compare(
     """
     item = decoded(item)
     progress("answering: unpatched")
-    plain = answer(loaded, item, max_new_tokens=max_new_tokens)
+    try:
+        plain = answer(loaded, item, max_new_tokens=max_new_tokens)
+    except OutOfMemoryError as error:
+        raise OutOfMemoryError(f"nothing to compare with; ask without comparing: {error}") from error
     progress("answering: patched")
     merged = answer(loaded, item, plan, max_new_tokens=max_new_tokens)
     inputs = build_inputs(loaded, [item])
