@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,14 @@ def check_weights(name: str | Path) -> None:
     """See that a folder holds weights that may be loaded; names on the hub pass.
 
     Raises:
-        CheckpointError: it holds none, or pickles only.
+        CheckpointError: it holds none, or pickles only, or an index that leads to pickles.
     """
     folder = Path(name)
-    if not folder.is_dir() or _first(folder, _WEIGHTS):
+    if not folder.is_dir():
+        return
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        _check_index(index)
+    if _first(folder, _WEIGHTS):
         return
     if pickled := _first(folder, _PICKLES):
         raise CheckpointError(f"{name} has its weights in {pickled.name}; {_CONVERT}")
@@ -58,6 +63,16 @@ def check_weights(name: str | Path) -> None:
         f"{name} holds a config but no weights (*.safetensors); copy them there, or time the "
         "architecture without them: illava bench --random-weights"
     )
+
+
+def _check_index(path: Path) -> None:
+    """transformers opens whatever an index names, by its suffix."""
+    try:
+        files = {str(file) for file in json.loads(path.read_bytes())["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is no index of weights; copy or download it again") from error
+    if others := sorted(file for file in files if not file.endswith(".safetensors")):
+        raise CheckpointError(f"{path} has its weights in {others[0]}; {_CONVERT}")
 
 
 def first_line(error: BaseException) -> str:

@@ -109,6 +109,13 @@ def test_weights_in_a_pickle_are_refused(load, tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"in pytorch_model\.bin; illava loads safetensors only"):
         load(folder)
+    index = folder / "model.safetensors.index.json"  # that leads elsewhere
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "pytorch_model.bin"}}))
+    with pytest.raises(CheckpointError, match=r"json has its weights in pytorch_model\.bin; illava loads"):
+        load(folder)
+    index.write_text("{}")
+    with pytest.raises(CheckpointError, match="is no index of weights"):
+        load(folder)
 
 
 @pytest.mark.claim(
