@@ -75,7 +75,7 @@ class Reader:
 def load(folder: Path, device: torch.device) -> Reader:
     """The reader of a checkpoint folder, in float32 on a CPU and in bfloat16 elsewhere."""
     model = transformers.AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16
+        folder, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, use_safetensors=True
     )
     processor = transformers.AutoProcessor.from_pretrained(folder)
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]

@@ -33,7 +33,7 @@ def quartiles(ratios: list[float]) -> str:
 
 def measure(rounds: int, side: int, reduction: float) -> dict[str, list[float]]:
     """Processor seconds of each round's prefill, by what it was patched with."""
-    model = AutoModelForImageTextToText.from_pretrained(READER).float().eval()
+    model = AutoModelForImageTextToText.from_pretrained(READER, use_safetensors=True).float().eval()
     composer = batches.Composer(model, AutoProcessor.from_pretrained(READER))
     item = tasks.held_out_item("find", "test", 0, side=side)
     inputs = composer.prompt(item, item.questions[0].text)

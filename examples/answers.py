@@ -43,7 +43,7 @@ def say(model, composer: batches.Composer, item: tasks.Item) -> str:
 def table(folder: Path, reduction: float, items: int, console: Console) -> Table:
     """Answers to `items` held-out questions of each task, the first few shown, all of them counted."""
     transformers_logging.disable_progress_bar()
-    model = AutoModelForImageTextToText.from_pretrained(folder).float().eval()
+    model = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True).float().eval()
     composer = batches.Composer(model, AutoProcessor.from_pretrained(folder))
     shown = Table(title=f"{folder.name} reader, {reduction:.1%} of the visual tokens removed")
     for column in ("question", "answer", "unpatched", "patched"):

@@ -95,8 +95,8 @@ class Model:
     def __init__(self, name: str | Path, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
         self.processor = AutoProcessor.from_pretrained(name)
-        self.model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device)
-        self.model.eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        self.model.to(device).eval()
 
     def inputs(self, kind: str, prompt: str, **pictures: Any) -> dict[str, Any]:
         """The prompt with one picture (`images=`) or clip (`videos=`), ready for `generate`."""

@@ -63,7 +63,7 @@ def main() -> None:
     if not (options.reader / "config.json").is_file():
         raise SystemExit(f"--reader {options.reader} holds no checkpoint; train one: see benchmarks/readers")
     options.out.mkdir(parents=True, exist_ok=True)
-    model = AutoModelForImageTextToText.from_pretrained(options.reader).float().eval()
+    model = AutoModelForImageTextToText.from_pretrained(options.reader, use_safetensors=True).float().eval()
     composer = batches.Composer(model, AutoProcessor.from_pretrained(options.reader))
     held_out = tasks.held_out_item
     pictures = {

@@ -89,9 +89,10 @@ def main() -> None:
     data, results, work, *rest = sys.argv[1:]
     engine = rest[0] if rest else "process"
     factory = Answers(rest[1]) if work == "answers" else Colours(float(work))
+    settings = {"data": data, "work": type(factory).__name__, "engine": engine}
     print(
         jobs.run(
-            jobs.read_items(data), factory, results,
+            jobs.read_items(data), factory, results, settings=settings,
             batch_size=4, engine=engine, workers=2 if engine == "ray" else None,
         )
     )  # fmt: skip

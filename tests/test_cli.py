@@ -1,5 +1,6 @@
 """What `illava` says to bad input: a sentence with the value, the reason, the remedy, and an exit status."""
 
+import io
 import json
 import re
 import shutil
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
 from sklearn.datasets import load_sample_image
 from transformers.utils import logging
 from typer.testing import CliRunner
@@ -120,12 +123,14 @@ def test_results_of_another_question_are_not_gone_on_with(checkpoint, picture, i
 
 
 def test_folders_that_are_no_checkpoint(checkpoint, picture, illava_says, tmp_path):
-    bare, other, torn = tmp_path / "bare", tmp_path / "other", tmp_path / "torn"
+    bare, other, torn, pickled = (tmp_path / name for name in ("bare", "other", "torn", "pickled"))
     (tmp_path / "nothing").mkdir()
-    for folder in (bare, other, torn):
+    for folder in (bare, other, torn, pickled):
         shutil.copytree(checkpoint, folder)
     (bare / "model.safetensors").unlink()
     (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:1000])
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
     config = json.loads((other / "config.json").read_text()) | {"model_type": "bert"}
     (other / "config.json").write_text(json.dumps(config))
     for folder, reason in (
@@ -134,6 +139,7 @@ def test_folders_that_are_no_checkpoint(checkpoint, picture, illava_says, tmp_pa
         (checkpoint / "config.json", "is a file; give the folder"),
         (bare, "a config but no weights.*--random-weights"),
         (torn, "broken weights.*again"),
+        (pickled, "its weights in pytorch_model.bin; illava loads safetensors only.*save_pretrained"),
         (other, "a model of type 'bert', which illava does not know.*qwen2_5_vl"),
     ):
         status, said, error = illava_says("run", folder, "--image", picture)
@@ -229,7 +235,10 @@ def test_errors_nobody_expects_are_a_sentence_too(checkpoint, picture, illava_sa
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr("illava.evaluate.loading.load", too_large)
-    assert "give a smaller --batch-size" in illava_says("run", checkpoint, "--image", picture)[2]
+    assert (
+        "where the model itself does not fit, --dtype bfloat16"
+        in illava_says("run", checkpoint, "--image", picture)[2]
+    )
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -247,6 +256,31 @@ def test_without_its_extra_a_plot_is_a_note(checkpoint, illava_says, monkeypatch
     assert status == 0
     assert "50 %" in said
     assert 'pip install "illava[evaluate]"' in error
+
+
+def test_whatever_may_take_long_says_so_meanwhile(checkpoint, picture, illava_says, tmp_path, monkeypatch):
+    """On a terminal: what the spinners and bars of stderr showed before they went."""
+    monkeypatch.setenv("TERM", "xterm")
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(3):
+        shutil.copy(picture, folder / f"{number}.jpg")
+    few = ["--max-new-tokens", 1, "--json"]
+    for arguments, shown in (
+        (["run", checkpoint, "--image", picture, *few], ("loading", "answering")),
+        (["run", checkpoint, "--image", picture, "--max-new-tokens", 1], ("reading", "answering")),
+        (["run", checkpoint, "--data", folder, *few], ("looking into", "counting the items")),
+        (["bench", checkpoint, "--image", folder, "--rounds", 1, "--json"], ("3/3", "preparing")),
+        (["plan", checkpoint, "--data", folder, "--max-tokens", 1000, *few], ("looking into", "3/3")),
+        (["fidelity", checkpoint, "--data", folder, *few], ("counting the items", "summing up")),
+    ):
+        terminal = Console(file=io.StringIO(), force_terminal=True, width=200)
+        for module in ("console", "run", "fidelity"):  # those that hand it on
+            monkeypatch.setattr(f"illava.cli.{module}.notes", terminal)
+        status, _, _ = illava_says(*arguments)
+        assert status == (console.NOT_REACHED if arguments[0] == "plan" else 0)
+        for word in shown:
+            assert word in terminal.file.getvalue(), (arguments, word)
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """Answers, agreement and speed as illava.evaluate counts them, against their definitions."""
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from sklearn.datasets import load_sample_image
 import illava
 import tiny_checkpoint
 from illava import Plan, evaluate, jobs
-from illava.evaluate import agreement, answers, speed, statistics
+from illava.evaluate import agreement, answers, quality, speed, statistics
 from illava.evaluate.forcing import speak
 from illava.evaluate.prompts import build_inputs, decoded
 from illava.evaluate.quality import hold
@@ -268,11 +270,20 @@ def test_out_of_memory_says_which_plan_would_fit(loaded, items, narrow):
         loaded.model(**inputs)
         gone = handle.report.tokens - handle.report.final_tokens
     narrow(inputs["input_ids"].shape[1] - gone)
-    with pytest.raises(illava.OutOfMemoryError, match="with --reduction 0.889 it fits"):
+    same_plan = "with reduction 0.889 in the same plan the prompt fits"
+    with pytest.raises(illava.OutOfMemoryError, match=same_plan):
         evaluate.answer(loaded, items[0], Plan(reduction=0.5), max_new_tokens=2)
+    # Plans that merge where it is too late: no reduction of theirs helps, and no other plan's is advised.
+    with pytest.raises(illava.OutOfMemoryError, match="does not fit at reduction 0.950 either"):
+        evaluate.answer(loaded, items[0], Plan((), (5,), 0.8, encoder_share=0), max_new_tokens=2)
+    # A budget that is no reduction: of the default layers, and said so.
+    with pytest.raises(
+        illava.OutOfMemoryError, match=r"illava.Plan\(reduction=0.889\), which is --reduction"
+    ):
+        evaluate.answer(loaded, items[0], Plan((), (5,), llm_shares=(0.5,)), max_new_tokens=2)
     narrow(1)
-    with pytest.raises(illava.OutOfMemoryError, match="smaller or fewer pictures"):
-        evaluate.answer(loaded, items[0], max_new_tokens=2)
+    with pytest.raises(illava.OutOfMemoryError, match="ask without comparing: .*smaller or fewer pictures"):
+        evaluate.compare(loaded, items[0], MERGING, max_new_tokens=2)
     assert getattr(loaded.model, "_illava_handle", None) is None
 
 
@@ -320,3 +331,64 @@ def test_everything_in_the_namespace_is_there():
     assert set(evaluate.__all__) == set(evaluate._HOME)
     with pytest.raises(AttributeError, match="nothing_like_it"):
         evaluate.nothing_like_it  # noqa: B018
+
+
+RECORD = {"key": "a", "source": "a.png", "prompt": "?", "images": ["a.png"], "videos": [], "answer": "yes"}
+HELD = {"answer": "no", "tokens": 2, "equal_tokens": 1, "kl_sum": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "no object"),
+        (json.dumps(RECORD), "no plans"),
+        (json.dumps(RECORD | {"plans": {"p": {"answer": "no"}}}), "tokens=None"),
+        (json.dumps(RECORD | {"plans": {"p": HELD | {"answer": 1}}}), "without its answer"),
+        (json.dumps(RECORD | {"plans": {"p": HELD}, "images": None}), "no list of images"),
+        (json.dumps({"key": "a", "answer": "yes"}), "no text as 'source'"),
+        (json.dumps({"key": "a", "source": "a.png", "failed": None}), "no text as 'failed'"),
+        (b"\xff", "can't decode"),
+    ],
+)
+def test_a_damaged_line_of_results_is_named(line, reason, tmp_path):
+    whole = json.dumps(RECORD | {"plans": {"p": HELD}}).encode()
+    path = tmp_path / "held.jsonl"
+    path.write_bytes(whole + b"\n" + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    with pytest.raises(illava.DataError, match=rf"held.jsonl:2 is no result .*{reason}.*delete the line"):
+        evaluate.summarise(evaluate.read_records(path), {"p": MERGING})
+
+
+def test_results_of_other_plans_are_not_summed_up():
+    with pytest.raises(illava.DataError, match="a.png is of the plans p, not of q; give"):
+        evaluate.summarise([RECORD | {"plans": {"p": HELD}}], {"q": MERGING})
+    with pytest.raises(illava.DataError, match="a record of fidelity is damaged .no plans"):
+        evaluate.summarise([RECORD], {"q": MERGING})
+
+
+def test_half_a_character_in_an_answer_that_changed_is_written(tmp_path):
+    found = evaluate.summarise([RECORD | {"plans": {"p": HELD | {"answer": "\ud83d"}}}], {"p": MERGING})
+    quality.write_disagreements(found, tmp_path / "d.jsonl")
+    assert json.loads((tmp_path / "d.jsonl").read_bytes())["patched"] == "\ud83d"
+
+
+def test_what_the_page_shows_runs(loaded, tmp_path, monkeypatch, capsys):
+    """The Python of docs/command_line.md, with a small model and two questions in place of the reader's."""
+    page = (Path(__file__).parent.parent / "docs" / "command_line.md").read_text()
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", page.partition("## From Python")[2], re.MULTILINE | re.DOTALL
+    )
+    shown = "\n".join(blocks)
+    assert all(f"evaluate.{name}(" in page for name in ("load", "answer", "compare", "bench", "fidelity"))
+    for number in range(2):
+        photograph(tmp_path / f"{number}.png", 112, 84)
+    lines = [json.dumps({"image": f"{number}.png", "prompt": "what is this ?"}) for number in range(2)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "load", lambda name: loaded, raising=False)
+    names: dict = {}
+    exec(shown, names)
+    assert names["found"].agreement["77.8 %"].items == 2
+    assert names["both"].patched.text == names["said"].text
+    assert names["timed"].rounds == 3
+    assert "Plan(" in capsys.readouterr().out

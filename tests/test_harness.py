@@ -135,6 +135,19 @@ def test_a_conversation_is_the_processors_own_prompt(checkpoint):
         assert torch.equal(inputs[name], expected[name])
 
 
+def test_weights_on_the_hub_that_are_pickles_are_refused_with_our_reason(monkeypatch):
+    """transformers advises to leave its own lock open."""
+    said = "a/b has no file named model.safetensors. Please do not set `use_safetensors=True`."
+
+    def refuses(name, use_safetensors, **_):
+        assert use_safetensors is True
+        raise OSError(said)
+
+    monkeypatch.setattr("transformers.AutoModelForImageTextToText.from_pretrained", refuses)
+    with pytest.raises(illava.errors.CheckpointError, match="a/b has no weights in .*then save_pretrained"):
+        Answerer.load("a/b", Plan())
+
+
 @pytest.fixture
 def clip(tmp_path):
     """Eight frames, four a second."""

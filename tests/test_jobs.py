@@ -309,6 +309,24 @@ def test_a_batch_that_does_not_fit_is_halved(error, folder, tmp_path, caplog):
     assert "out of memory with this item alone" in failed["failed"]
 
 
+def test_out_of_memory_is_told_as_the_work_tells_it_and_promises_nothing(folder, tmp_path):
+    """That a stronger plan helps is not true of every work: fidelity needs the unpatched model."""
+
+    def work(items):
+        if items[0].key == "005.png":
+            raise illava.OutOfMemoryError("with reduction 0.889 in the same plan the prompt fits")
+        if items[0].key == "006.png":
+            raise MemoryError
+        return [{} for _ in items]
+
+    results = tmp_path / "results.jsonl"
+    job(jobs.read_items(folder), lambda: work, results, batch_size=1)
+    reasons = {r["key"]: r["failed"] for r in lines(results) if "failed" in r}
+    assert reasons["005.png"].endswith("item alone; with reduction 0.889 in the same plan the prompt fits")
+    assert "smaller or fewer pictures" in reasons["006.png"]
+    assert "reduction" not in reasons["006.png"]
+
+
 def test_an_item_that_fails_is_recorded_and_its_neighbours_are_not(folder, tmp_path):
     def work(items):
         if any(item.key in ("003.png", "011.png") for item in items):
@@ -380,6 +398,42 @@ def test_results_of_other_settings_are_refused(folder, tmp_path):
     job(items, Colours(), results, settings={"model": "a", "plan": {"reduction": 0.5}})
     with pytest.raises(illava.errors.DataError, match=r"plan was \{'reduction': 0.5\} and is now"):
         job(items, Colours(), results, settings={"model": "a", "plan": {"reduction": 0.8}})
+
+
+@pytest.mark.parametrize("torn", ["", '{"model": "a', "[1]", "\x00\x00"])
+def test_settings_that_a_crash_tore_are_said(folder, tmp_path, torn):
+    results, items = tmp_path / "r.jsonl", jobs.read_items(folder)
+    beside = tmp_path / "r.jsonl.settings.json"
+    job(items, Colours(), results, settings={"model": "a"})
+    whole, done = beside.read_text(), results.read_bytes()
+    beside.write_text(torn)
+    with pytest.raises(
+        illava.errors.DataError, match=r"r\.jsonl\.settings\.json cannot be read .*delete it and run"
+    ):
+        job(items, Colours(), results, settings={"model": "a"})
+    assert results.read_bytes() == done
+    beside.unlink()
+    job(items, Colours(), results, settings={"model": "a"})
+    assert (beside.read_text(), results.read_bytes()) == (whole, done), "as the message advises"
+
+
+def test_settings_are_there_as_a_whole_or_not_at_all(folder, tmp_path, monkeypatch):
+    """Killed before the new file takes its place, the old one stands; one that is right is left alone."""
+    results, beside = tmp_path / "r.jsonl", tmp_path / "r.jsonl.settings.json"
+    beside.write_text('{"model": "of a job without results"}')
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            job(jobs.read_items(folder), Colours(), results, settings={"model": "b"})
+        assert json.loads(beside.read_text()) == {"model": "of a job without results"}
+    job(jobs.read_items(folder), Colours(), results, settings={"model": "b"})
+    assert json.loads(beside.read_text()) == {"model": "b"}
+    monkeypatch.setattr("os.replace", killed)
+    job(jobs.read_items(folder), Colours(), results, settings={"model": "b"})
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,9 @@ def borrow(model, folder) -> list[str]:
     The families name their language models alike, and with the same `words` their vocabularies differ in some
     special tokens only: all other embeddings are taken over too. Returns the names of what was taken.
     """
-    other = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    other = transformers.AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True
+    )
     theirs, taken = dict(other.named_parameters()), []
     ours, their_own = (len(_special(x.config.model_type)) for x in (model, other))
     for name, weight in model.named_parameters():

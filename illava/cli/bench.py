@@ -100,7 +100,8 @@ def _inputs(
     from illava.evaluate.synthetic import noise_inputs, repeated
 
     if image is None:
-        shown, tokens = noise_inputs(loaded.model, size)
+        with busy("making a picture of noise"):
+            shown, tokens = noise_inputs(loaded.model, size)
         what = f"a picture of noise, {size[0]} x {size[1]} pixels asked for, {tokens:,} visual tokens"
         return [repeated(shown, batch_size)], what
     if loaded.processor is None:
@@ -109,7 +110,12 @@ def _inputs(
             "noise, or copy its preprocessor_config.json and tokenizer.json there"
         )
     items = readable_items(image, prompt, limit, frames)
-    inputs = [build_inputs(loaded, group) for group in batches(items, batch_size)]
+    groups = list(batches(items, batch_size))
+    with bar("preparing", len(groups)) as step:
+        inputs = []
+        for group in groups:
+            step("preparing")
+            inputs.append(build_inputs(loaded, group))
     return inputs, f"{len(items)} of {image}" if len(items) > 1 else items[0].source
 
 

@@ -59,7 +59,9 @@ def finishing(kept: str = "") -> Iterator[None]:
 
         if is_memory(error):
             _fail(
-                error, "out of memory; give a smaller --batch-size, smaller pictures or a higher --reduction"
+                error,
+                "out of memory; give smaller pictures or a smaller --batch-size, or where the model itself "
+                "does not fit, --dtype bfloat16 or another --device",
             )
         name = type(error).__name__
         _fail(error, f"{name}: {error}\nThis is not an error illava expects. With {DEBUG}=1 it shows where.")

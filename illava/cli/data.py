@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from illava.cli.console import notes
+from illava.cli.console import busy, notes, stages
 from illava.errors import DataError
 from illava.jobs import Item, Items, Skipped, decode, read_items
 
@@ -21,7 +21,8 @@ class First:
         return islice(iter(self._items), self._limit)
 
     def __len__(self) -> int:
-        return len(self._items) if self._limit is None else min(self._limit, len(self._items))
+        # Of a million, those beyond the limit need not be counted.
+        return len(self._items) if self._limit is None else sum(1 for _ in self)
 
 
 def first_items(path: Path, prompt: str, limit: int | None) -> First:
@@ -30,7 +31,8 @@ def first_items(path: Path, prompt: str, limit: int | None) -> First:
     Raises:
         DataError: nothing there, or nothing in it.
     """
-    return First(read_items(path, prompt=prompt), limit)
+    with busy(f"looking into {path}"):
+        return First(read_items(path, prompt=prompt), limit)
 
 
 def readable_items(path: Path, prompt: str, limit: int | None, frames: int) -> list[Item]:
@@ -41,15 +43,21 @@ def readable_items(path: Path, prompt: str, limit: int | None, frames: int) -> l
     """
     found: list[Item] = []
     reasons: list[str] = []
-    for item in read_items(path, prompt=prompt):
-        if limit is not None and len(found) == limit:
-            break
-        ready = decode(item, frames)
-        if isinstance(ready, Skipped):
-            reasons.append(f"{ready.source}: {ready.reason}")
-            notes.print(f"left out: {reasons[-1]}", markup=False, soft_wrap=True)
-        else:
-            found.append(ready)
+    with busy(f"looking into {path}"):
+        items = read_items(path, prompt=prompt)
+        total = len(First(items, limit))
+    with stages("reading") as show:
+        for item in items:
+            if limit is not None and len(found) == limit:
+                break
+            show("reading", len(found), total)
+            ready = decode(item, frames)
+            if isinstance(ready, Skipped):
+                reasons.append(f"{ready.source}: {ready.reason}")
+                notes.print(f"left out: {reasons[-1]}", markup=False, soft_wrap=True)
+            else:
+                found.append(ready)
+        show("reading", len(found), total)
     if not found:
         raise DataError(f"nothing in {path} can be read: {reasons[0]}")
     return found
@@ -62,7 +70,8 @@ def asked_item(images: list[Path], videos: list[Path], prompt: str, frames: int)
         DataError: one of them cannot be read.
     """
     item = Item("", tuple(images), tuple(videos), prompt, ", ".join(map(str, [*images, *videos])))
-    ready = decode(item, frames)
+    with busy(f"reading {item.source}"):
+        ready = decode(item, frames)
     if isinstance(ready, Skipped):
         raise DataError(f"{ready.reason}; give another file")
     return ready

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from illava.cli import options as o
-from illava.cli.console import finishing, notes, out, print_json, stopped
+from illava.cli.console import busy, finishing, notes, out, print_json, stopped
 from illava.plan import Plan
 
 _HELP = """Do the answers stay the same? No labels needed.
@@ -86,9 +86,10 @@ def _show(results: Path, plans: dict[str, Plan], model: str, as_json: bool) -> N
     from illava.cli.tables import fidelity_table
     from illava.evaluate.quality import read_records, summarise, write_disagreements
 
-    found = summarise(read_records(results), plans)
     differing = results.with_suffix(".disagreements.jsonl")
-    write_disagreements(found, differing)
+    with busy("summing up"):
+        found = summarise(read_records(results), plans)
+        write_disagreements(found, differing)
     if as_json:
         files: dict[str, Any] = {"results": str(results), "disagreements_file": str(differing)}
         print_json({"model": model} | found.to_dict() | files)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,10 +111,16 @@ def _one(
         if found.patched.report is not None:
             out.print(str(found.patched.report), markup=False, highlight=False)
         return
-    said = answers.answer(
-        loaded, item, plan, max_new_tokens=max_new_tokens,
-        on_text=None if as_json else lambda text: out.print(text, end="", markup=False, highlight=False),
-    )  # fmt: skip
+    with ExitStack() as until_the_first_word:
+        until_the_first_word.enter_context(busy("answering"))
+
+        def show(text: str) -> None:
+            until_the_first_word.close()
+            out.print(text, end="", markup=False, highlight=False)
+
+        said = answers.answer(
+            loaded, item, plan, max_new_tokens=max_new_tokens, on_text=None if as_json else show
+        )
     if as_json:
         print_json(loaded.to_dict() | {"prompt": prompt, "plan": plan.to_dict(), **said.to_dict()})
         return

@@ -16,19 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from illava.evaluate.agreement import Agreement, Held
-    from illava.evaluate.answers import Answer, AnswerWork, answer, compare
+    from illava.evaluate.answers import Answer, AnswerWork, Comparison, answer, compare
     from illava.evaluate.found import Found
     from illava.evaluate.loading import Loaded, load
     from illava.evaluate.plan_search import find_plan
-    from illava.evaluate.quality import Fidelity, FidelityWork, fidelity
+    from illava.evaluate.prompts import build_inputs
+    from illava.evaluate.quality import Fidelity, FidelityWork, fidelity, read_records, summarise
     from illava.evaluate.speed import Bench, bench
     from illava.evaluate.statistics import Estimate
+    from illava.evaluate.synthetic import noise_inputs
 
 _HOME = {
     "Agreement": "agreement",
     "Answer": "answers",
     "AnswerWork": "answers",
     "Bench": "speed",
+    "Comparison": "answers",
     "Estimate": "statistics",
     "Fidelity": "quality",
     "FidelityWork": "quality",
@@ -37,10 +40,14 @@ _HOME = {
     "Loaded": "loading",
     "answer": "answers",
     "bench": "speed",
+    "build_inputs": "prompts",
     "compare": "answers",
     "fidelity": "quality",
     "find_plan": "plan_search",
     "load": "loading",
+    "noise_inputs": "synthetic",
+    "read_records": "quality",
+    "summarise": "quality",
 }
 
 __all__ = [
@@ -48,6 +55,7 @@ __all__ = [
     "Answer",
     "AnswerWork",
     "Bench",
+    "Comparison",
     "Estimate",
     "Fidelity",
     "FidelityWork",
@@ -56,10 +64,14 @@ __all__ = [
     "Loaded",
     "answer",
     "bench",
+    "build_inputs",
     "compare",
     "fidelity",
     "find_plan",
     "load",
+    "noise_inputs",
+    "read_records",
+    "summarise",
 ]
 
 

@@ -64,8 +64,17 @@ class Held:
 
     @classmethod
     def from_dict(cls, unpatched: str, values: Mapping[str, Any]) -> Held:
-        """Of the unpatched answer and what `to_dict` gave."""
-        return cls(unpatched, values["answer"], values["tokens"], values["equal_tokens"], values["kl_sum"])
+        """Of the unpatched answer and what `to_dict` gave.
+
+        Raises:
+            ValueError: it gave no such thing.
+        """
+        if not isinstance(values, Mapping) or not isinstance(values.get("answer"), str):
+            raise ValueError("a plan without its answer")
+        tokens, equal, kl = (values.get(name) for name in ("tokens", "equal_tokens", "kl_sum"))
+        if not (isinstance(tokens, int) and isinstance(equal, int) and isinstance(kl, (int, float))):
+            raise ValueError(f"tokens={tokens!r}, equal_tokens={equal!r}, kl_sum={kl!r} of a plan")
+        return cls(unpatched, values["answer"], tokens, equal, kl)
 
 
 def equal_choices(reference: Spoken, forced: Spoken) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from illava.plan import DEFAULT_REDUCTION, Plan
 from illava.report import Report
 
 # Reductions that are tried, one after the other, when a prompt does not fit.
-STRONGER = (2 / 3, 0.778, 0.889, 0.95)
+STRONGER = (0.667, 0.778, 0.889, 0.95)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def answer(
         PlanError: a plan this model cannot carry out.
         OutOfMemoryError: the prompt does not fit; says under which plan it would.
     """
-    inputs = build_inputs(loaded, [decoded(item)])
+    inputs = build_inputs(loaded, [item])
     said = unless_out_of_memory(lambda: _generate(loaded, inputs, plan, max_new_tokens, on_text))
     if said is None:
         raise OutOfMemoryError(what_fits(loaded, inputs, plan))
@@ -109,21 +109,25 @@ def answer(
 
 
 def what_fits(loaded: Loaded, inputs: dict[str, Any], plan: Plan | None) -> str:
-    """Says under which stronger plan a prompt fits that did not, by trying them."""
-    asked = 0.0
+    """Says under which stronger plan a prompt fits that did not, by trying them.
+
+    Tried are stronger reductions of the plan itself; where its budget is another one, and where there is no
+    plan, those at the family's default layers.
+    """
+    asked, base = 0.0, Plan()
+    how = "under illava.Plan(reduction={0:.3f}), which is --reduction {0:.3f} alone, the prompt fits"
     if plan is not None and plan.budget == "reduction":
-        asked = DEFAULT_REDUCTION if plan.reduction is None else plan.reduction
+        asked, base = DEFAULT_REDUCTION if plan.reduction is None else plan.reduction, plan
+        how = "with reduction {0:.3f} in the same plan the prompt fits"
     stronger = [r for r in STRONGER if r > asked + 1e-3]
     fits = first_that_fits(
-        (f"{r:.3f}", partial(_generate, loaded, inputs, Plan(reduction=r), 1, None)) for r in stronger
+        (how.format(r), partial(_generate, loaded, inputs, replace(base, reduction=r), 1, None))
+        for r in stronger
     )
     length = inputs["input_ids"].shape[1]
     name = "the unpatched model" if plan is None else "this plan"
-    remedy = (
-        f"with --reduction {fits} it fits"
-        if fits
-        else f"it does not fit at {max(stronger, default=asked):.3f} either: give smaller or fewer pictures"
-    )
+    most = max(stronger, default=asked)
+    remedy = fits or f"it does not fit at reduction {most:.3f} either: give smaller or fewer pictures"
     return f"{name} ran out of memory on a prompt of {length:,} tokens; {remedy}"
 
 
@@ -143,7 +147,10 @@ def compare(
     """
     item = decoded(item)
     progress("answering: unpatched")
-    plain = answer(loaded, item, max_new_tokens=max_new_tokens)
+    try:
+        plain = answer(loaded, item, max_new_tokens=max_new_tokens)
+    except OutOfMemoryError as error:
+        raise OutOfMemoryError(f"nothing to compare with; ask without comparing: {error}") from error
     progress("answering: patched")
     merged = answer(loaded, item, plan, max_new_tokens=max_new_tokens)
     inputs = build_inputs(loaded, [item])

@@ -11,10 +11,9 @@ import torch
 from illava.errors import CheckpointError, UnsupportedModelError
 from illava.evaluate.random_weights import build_random
 from illava.families import supported_models
+from illava.weights import check_weights, first_line, load_model
 
 DTYPES = ("float32", "bfloat16", "float16")
-# What transformers finds weights by.
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,11 @@ def load(
         random_weights: build the model from its config alone. Its answers mean nothing, its speed is real.
 
     Raises:
-        CheckpointError: no checkpoint, one without weights, or one whose files are broken; a device or
-            dtype that is not there.
+        CheckpointError: no checkpoint, one without weights or with pickled ones (`*.bin`), or one whose
+            files are broken; a device or dtype that is not there.
         UnsupportedModelError: a family illava does not know.
     """
-    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     from transformers.utils import logging
 
     target = _device(device)
@@ -81,22 +80,11 @@ def load(
         chosen = number_type or (torch.float32 if target == "cpu" else torch.bfloat16)
         model: Any = build_random(kind, config, device=target, dtype=chosen, attn=attn)
         return Loaded(model, _processor(name, needed=False), str(name), random_weights=True)
-    _check_weights(name)
     default: Any = torch.float32 if target == "cpu" else "auto"
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=number_type or default, attn_implementation=attn
-        )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise CheckpointError(f"{name} cannot be loaded: {first_line(error)}") from error
-    except Exception as error:  # safetensors has an error of its own, which is an Exception only
-        if type(error).__module__.split(".")[0] != "safetensors" and "Safetensor" not in type(error).__name__:
-            raise
-        raise CheckpointError(
-            f"{name} has broken weights ({first_line(error)}); copy or download its *.safetensors again"
-        ) from error
+        model = load_model(name, dtype=number_type or default, attn_implementation=attn)
     finally:
         if shown:
             logging.enable_progress_bar()
@@ -151,18 +139,12 @@ def check(name: str | Path) -> None:
         CheckpointError, UnsupportedModelError: as `load`, but for weights that are there and broken.
     """
     read_config(name)
-    _check_weights(name)
+    check_weights(name)
 
 
 def device_name(device: torch.device) -> str:
     """As a figure should name it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-
-
-def first_line(error: BaseException) -> str:
-    """Of an error's message, which in transformers may be a page."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
 
 
 def _device(device: str | None) -> str:
@@ -185,15 +167,6 @@ def _dtype(dtype: str | None) -> torch.dtype | None:
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
     return getattr(torch, dtype)
-
-
-def _check_weights(name: str | Path) -> None:
-    folder = Path(name)
-    if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
-        raise CheckpointError(
-            f"{name} holds a config but no weights (*.safetensors); copy them there, or time the "
-            "architecture without them: illava bench --random-weights"
-        )
 
 
 def _processor(name: str | Path, *, needed: bool) -> Any:

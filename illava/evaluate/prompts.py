@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from illava.errors import CheckpointError, DataError
-from illava.evaluate.loading import Loaded, first_line
+from illava.evaluate.loading import Loaded
 from illava.generation import processed
 from illava.jobs import Item, Skipped, decode
 from illava.memory import is_memory
+from illava.weights import first_line
 
 
 def decoded(item: Item | Skipped) -> Item:
@@ -37,18 +38,19 @@ def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def build_inputs(loaded: Loaded, items: Sequence[Item]) -> dict[str, Any]:
-    """Inputs of `generate` for decoded items: pictures and videos first, then what is asked.
+    """Inputs of `generate` for items: pictures and videos first, then what is asked.
 
     Args:
         loaded: a model with its processor.
-        items: with `pictures` and `clips`; rows of the batch, padded on the left.
+        items: rows of the batch, padded on the left; what is not decoded yet is read here.
 
     Returns:
         Tensors on the model's device by name, pixels in the model's dtype.
 
     Raises:
         CheckpointError: no processor, or one without a chat template.
-        DataError: a video for a model that takes none, or what the processor refuses.
+        DataError: an item that cannot be read, a video for a model that takes none, or what the processor
+            refuses.
     """
     processor = loaded.processor
     if processor is None:
@@ -56,6 +58,7 @@ def build_inputs(loaded: Loaded, items: Sequence[Item]) -> dict[str, Any]:
             f"{loaded.name} has no processor, so it cannot be shown pictures; copy its "
             "preprocessor_config.json, tokenizer.json and chat template beside config.json"
         )
+    items = [decoded(item) for item in items]
     films = [item for item in items if item.clips]
     if films and getattr(processor, "video_processor", None) is None:
         others = f" and {len(films) - 1} more" if len(films) > 1 else ""

@@ -16,6 +16,7 @@ from illava.evaluate.forcing import speak
 from illava.evaluate.loading import Loaded, load
 from illava.evaluate.prompts import batches, build_inputs, decoded
 from illava.jobs import Item, Skipped
+from illava.jobs.results import as_line
 from illava.plan import Plan
 
 Plans = Mapping[str, Plan]
@@ -165,19 +166,27 @@ def _make(name: str, plans: Plans, max_new_tokens: int, loading: dict[str, Any])
 
 
 def summarise(records: Iterable[Mapping[str, Any]], plans: Plans) -> Fidelity:
-    """Sum up the records of a fidelity job.
+    """Sum up the records of a fidelity job; every answer stays in memory.
 
     Raises:
-        DataError: not one item was answered.
+        DataError: not one item was answered, or a record is damaged or of other plans.
     """
     held: dict[str, list[Held]] = {name: [] for name in plans}
     skipped, differing = [], []
     for record in records:
-        if reason := record.get("skipped") or record.get("failed"):
-            skipped.append({"source": record["source"], "reason": reason})
+        try:
+            of_plans = _read(record)
+        except ValueError as error:
+            raise DataError(f"a record of fidelity is damaged ({error}): {record!r:.200}") from error
+        if of_plans is None:
+            skipped.append({"source": record["source"], "reason": record.get("skipped") or record["failed"]})
             continue
-        for name, values in record["plans"].items():
-            one = Held.from_dict(record["answer"], values)
+        if of_plans.keys() != held.keys():
+            raise DataError(
+                f"the result of {record['source']} is of the plans {', '.join(of_plans)}, not of "
+                f"{', '.join(held)}; give the plans it was made with, or another file of results"
+            )
+        for name, one in of_plans.items():
             held[name].append(one)
             if not one.exact:
                 about = {n: record[n] for n in ("key", "source", "images", "videos", "prompt")}
@@ -195,14 +204,52 @@ def summarise(records: Iterable[Mapping[str, Any]], plans: Plans) -> Fidelity:
 
 
 def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The records of a job's file of results."""
-    with Path(path).open() as file:
-        for line in file:
-            yield json.loads(line)
+    """The records of a fidelity job's file of results.
+
+    Raises:
+        DataError: a line that is none; says which and why.
+    """
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+                _read(record)
+            except ValueError as error:
+                raise DataError(
+                    f"{path}:{number} is no result of a fidelity job ({error}); delete the line and run the "
+                    "command again, which does its item anew, or give another file"
+                ) from error
+            yield record
+
+
+def _read(record: Any) -> dict[str, Held] | None:
+    """What a record says, by the plan's name; `None` of an item that was left out.
+
+    Raises:
+        ValueError: it is no record; says what is missing.
+    """
+    if not isinstance(record, Mapping):
+        raise ValueError("no object")
+    if "skipped" in record or "failed" in record:
+        _strings(record, "key", "source", "skipped" if "skipped" in record else "failed")
+        return None
+    _strings(record, "key", "source", "prompt", "answer")
+    for name in ("images", "videos"):
+        if not isinstance(record.get(name), list):
+            raise ValueError(f"no list of {name}")
+    if not isinstance(record.get("plans"), Mapping) or not record["plans"]:
+        raise ValueError("no plans")
+    return {name: Held.from_dict(record["answer"], values) for name, values in record["plans"].items()}
+
+
+def _strings(record: Mapping[str, Any], *names: str) -> None:
+    for name in names:
+        if not isinstance(record.get(name), str):
+            raise ValueError(f"no text as {name!r}")
 
 
 def write_disagreements(found: Fidelity, path: str | Path) -> None:
     """Write a line for every disagreement, those that differ most first."""
-    with Path(path).open("w") as file:
+    with Path(path).open("wb") as file:
         for entry in sorted(found.disagreements, key=lambda entry: -entry["kl"]):
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            file.write(as_line(entry) + b"\n")

@@ -15,6 +15,7 @@ from illava.generation import answer_lengths, processed, tokenizer_of
 from illava.jobs.pictures import DEFAULT_FRAMES, read_clip
 from illava.patching import Handle, patch
 from illava.plan import Plan
+from illava.weights import load_model
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,18 @@ class Answerer:
             plan: or a function that makes one for the model.
             device_map: instead of `device`, how to spread the model over several.
             of_processor: for the processor's `from_pretrained`, such as `max_pixels`.
+
+        Raises:
+            CheckpointError: no weights there, none but pickles (`*.bin`), or broken ones.
         """
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoProcessor
 
         options: dict[str, Any] = {"dtype": dtype}
         if attn is not None:
             options["attn_implementation"] = attn
         if device_map is not None:
             options["device_map"] = device_map
-        model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint, **options).eval()
+        model = load_model(checkpoint, **options).eval()
         if device_map is None:
             model = model.to(device)
         processor = AutoProcessor.from_pretrained(checkpoint, **of_processor)

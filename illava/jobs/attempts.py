@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from illava.errors import JobError
+from illava.errors import JobError, OutOfMemoryError
 from illava.jobs.items import Item, Skipped
 from illava.memory import free, is_memory
 
@@ -49,10 +49,11 @@ def _attempt(work: Work, items: list[Item]) -> list[Record]:
         if len(items) > 1:
             return [record for item in items for record in _attempt(work, [item])]
         return [_failed(items[0], f"{type(failure).__name__}: {failure}")]
+    said = str(failure) if isinstance(failure, OutOfMemoryError) else ""  # the work knows better than we
     del failure  # its traceback holds the tensors that did not fit
     free()
     if len(items) == 1:
-        remedy = "a smaller picture or a plan with a higher reduction needs less"
+        remedy = said or "smaller or fewer pictures, or fewer frames of a video, need less"
         return [_failed(items[0], f"out of memory with this item alone; {remedy}")]
     half = len(items) // 2
     parts = half, len(items) - half

@@ -28,6 +28,30 @@ def as_line(record: Mapping[str, Any]) -> bytes:
     return text.encode(errors="backslashreplace")  # half a character, which models do say, stays JSON
 
 
+def _read_settings(beside: Path, results: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(beside.read_bytes())
+        if not isinstance(settings, dict):
+            raise ValueError("it holds no object")
+    except ValueError as error:
+        raise DataError(
+            f"{beside} cannot be read ({error}), so nobody can tell which settings the results in {results} "
+            "are of. If they are of this same command, delete it and run the command again; otherwise give "
+            "another file for the results"
+        ) from error
+    return settings
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Whenever this is killed, the file is as it was or as it should be."""
+    beside = Path(f"{path}.new")
+    with beside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
 class Results:
     """Results of one job, open for appending by one process; use it in `with`.
 
@@ -109,7 +133,7 @@ class Results:
         beside = Path(f"{self.path}.settings.json")
         now = json.loads(json.dumps(self._settings, default=str))
         if beside.exists() and self.path.exists() and self.path.stat().st_size:
-            before = json.loads(beside.read_text())
+            before = _read_settings(beside, self.path)
             if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
                 said = "; ".join(
                     f"{name} was {before.get(name)!r} and is now {now.get(name)!r}" for name in changed
@@ -118,7 +142,8 @@ class Results:
                     f"{self.path} holds results of other settings: {said}. Give another file, "
                     "or delete this one"
                 )
-        beside.write_text(json.dumps(now, indent=2) + "\n")
+            return
+        _write_whole(beside, json.dumps(now, indent=2) + "\n")
 
     def _drop_unfinished_line(self) -> None:
         """A kill in the middle of a write leaves the start of a line: its item is done again."""

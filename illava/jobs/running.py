@@ -113,6 +113,7 @@ def run(
     if engine == "process" and (workers not in (None, 1) or gpus_per_worker is not None):
         raise JobError("one process holds one model; for several workers give engine='ray'")
     readers = readers or min(8, os.cpu_count() or 1)
+    console = console or Console(stderr=True)
     with Results(results, settings) as file:
         if engine == "process":
             made = _in_this_process(items, factory, file, batch_size, readers, frames)
@@ -123,7 +124,11 @@ def run(
                 items, factory, file.keys,
                 batch_size=batch_size, workers=workers, gpus_per_worker=gpus_per_worker, frames=frames,
             )  # fmt: skip
-        return _write(made, file, len(items) if isinstance(items, Sized) else None, console)
+        total = None
+        if isinstance(items, Sized):
+            with console.status("counting the items"):  # files of folders, lines of a file
+                total = len(items)
+        return _write(made, file, total, console)
 
 
 def _in_this_process(
@@ -146,7 +151,7 @@ def _in_this_process(
 
 
 def _write(
-    made: Generator[list[Record], None, None], file: Results, total: int | None, console: Console | None
+    made: Generator[list[Record], None, None], file: Results, total: int | None, console: Console
 ) -> Summary:
     """Append records as they come, and show how far they are."""
     writer = _Writer(file, Summary(file.path, before=len(file.keys)))
@@ -154,7 +159,7 @@ def _write(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TimeRemainingColumn(), TextColumn("{task.fields[trouble]}"),
     )  # fmt: skip
-    with Progress(*columns, console=console or Console(stderr=True)) as progress:
+    with Progress(*columns, console=console) as progress:
         before = writer.summary.before
         task = progress.add_task("items", total=total, completed=before, trouble="")
         try:

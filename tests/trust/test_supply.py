@@ -10,9 +10,16 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.version import Version
+from safetensors.torch import load_file
+
+import tiny_checkpoint
+from illava import Plan, evaluate
+from illava.errors import CheckpointError
+from illava.harness.answering import Answerer
 
 try:
     import tomllib
@@ -68,6 +75,47 @@ def test_nothing_that_came_as_data_is_run(path):
     assert not called & {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "yaml.load"}
     assert keywords.get("allow_pickle", "False") == "False"
     assert keywords.get("weights_only", "True") == "True"
+
+
+def loads_of_models(path):
+    """Calls of `from_pretrained` that are not of a config, processor or tokenizer."""
+    calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+    loads = [n for n in calls if ast.unparse(n.func).endswith(".from_pretrained")]
+    return [n for n in loads if not re.search(r"(Config|Processor|Tokenizer)\.", ast.unparse(n.func))]
+
+
+PICKLES = pytest.mark.claim(
+    "Safety",
+    "weights in pickles (.bin)",
+    "refused",
+    "CheckpointError by illava's commands and harnesses; its code and tools load with use_safetensors=True",
+)
+
+
+@PICKLES
+@pytest.mark.parametrize("path", PACKAGE + TOOLS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_load_of_weights_is_of_safetensors(path):
+    loads = loads_of_models(path)
+    assert all("use_safetensors=True" in [ast.unparse(k) for k in n.keywords] for n in loads)
+    assert loads or path.name not in ("weights.py", "compare.py"), "the rule sees them"
+
+
+@PICKLES
+@pytest.mark.parametrize("load", [evaluate.load, lambda folder: Answerer.load(folder, Plan())])
+def test_weights_in_a_pickle_are_refused(load, tmp_path):
+    folder = tiny_checkpoint.build(tmp_path / "tiny")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    load(folder)  # safetensors are there as well
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"in pytorch_model\.bin; illava loads safetensors only"):
+        load(folder)
+    index = folder / "model.safetensors.index.json"  # that leads elsewhere
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "pytorch_model.bin"}}))
+    with pytest.raises(CheckpointError, match=r"json has its weights in pytorch_model\.bin; illava loads"):
+        load(folder)
+    index.write_text("{}")
+    with pytest.raises(CheckpointError, match="is no index of weights"):
+        load(folder)
 
 
 @pytest.mark.claim(
