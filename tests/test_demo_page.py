@@ -1,5 +1,6 @@
 """The web page as it is served, without a browser: what it answers, bounds, refuses and says."""
 
+import dataclasses
 import http.client
 import json
 import os
@@ -114,6 +115,44 @@ def test_both_sides_answer_and_say_what_it_cost(server, tab):
     again = list(server.handlers.ask_again(tab, 2, False, 8, *plan_of(server, 0)))
     assert "this plan merges none" in last(again, "verdict")
     assert last(again, "overlay") == ""
+
+
+# Of every control a value that is not the page's first, and what it means in a plan.
+OTHER = {
+    "reduction": (61.5, "reduction", 0.615),
+    "encoder_share": (73, "encoder_share", 0.73),
+    "vit_layers": ([2, 5], "vit_layers", (2, 5)),
+    "llm_layers": ([3], "llm_layers", (3,)),
+    "rule": ("linear", "merge", "linear"),
+    "score": ("lse", "score", "lse"),
+    "queries": ("visual", "queries", "visual"),
+    "windows": ("picture", "window_score", "picture"),
+}
+
+
+def test_every_control_is_heard(server, tab, monkeypatch):
+    """Each alone, and all at once, by both who ask; the components stand in the order of the values."""
+    from illava.demo import controls
+
+    assert list(OTHER) == [field.name for field in dataclasses.fields(controls.Controls)]
+    first = list(plan_of(server))
+    heard, ask_asker = [], asking.Asker.ask
+
+    def watched(asker, prompt, plan, **rest):
+        heard.append(plan)
+        return ask_asker(asker, prompt, plan, **rest)
+
+    begun = controls.plan_of(*first)
+    for place, (value, setting, meant) in enumerate(OTHER.values()):
+        assert getattr(begun, setting) != meant
+        changed = controls.plan_of(*first[:place], value, *first[place + 1 :])
+        assert changed == dataclasses.replace(begun, **{setting: meant})
+    monkeypatch.setattr(asking.Asker, "ask", watched)
+    values, plan = zip(*((value, (name, meant)) for value, name, meant in OTHER.values()), strict=True)
+    ask(server, tab, plan=first)
+    list(server.handlers.ask_again(tab, 0, False, 8, *values))
+    ask(server, tab, plan=values)
+    assert heard == [None, begun, Plan(**dict(plan)), None, Plan(**dict(plan))]
 
 
 def test_what_is_wrong_is_said_in_words(server, tab, monkeypatch):
