@@ -224,8 +224,9 @@ def build_report(
         for layer, removed in call.removed.items():
             llm.append((layer, left, left := left - removed[number]))
         layers = (*vit, *(LayerRecord("llm", *entry) for entry in llm))
-        origins = tuple((e.trace, e.frame, e.grid[0]) for e in tiles if e.trace is not None)
-        traced.append(TracedPicture(kind, row, tuple((r.stage, r.layer) for r in layers), origins))
+        if call.trace is not None:
+            origins = tuple((e.trace, e.frame, e.grid[0]) for e in tiles if e.trace is not None)
+            traced.append(TracedPicture(kind, row, tuple((r.stage, r.layer) for r in layers), origins))
         by_row[row].append(SegmentSchedule(1, tokens, ((-1, tokens, alive),), tuple(llm)))
         pictures.append(
             PictureRecord(

@@ -1,5 +1,6 @@
 """The web page in a real browser: `pytest -m browser`. Needs Chromium (apt-get install chromium)."""
 
+import re
 import shutil
 import threading
 import time
@@ -12,7 +13,9 @@ from PIL import Image
 
 import illava
 import illava.demo
-from illava.demo import asking
+from illava.demo import asking, media
+from illava.demo.media import Limits
+from illava.demo.overlays import Overlays
 from illava.demo.samples import FOLDER, SAMPLES
 from illava.errors import DemoError
 
@@ -134,7 +137,7 @@ def slide(tab, name: str, share: float) -> None:
 
 @pytest.fixture(scope="module")
 def by_hand():
-    """Called with a picture and a question: both answers, without any of the page's code."""
+    """Called with a picture, a question and a plan: both answers and the report, without the page's code."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from illava.demo.loading import default_model
@@ -142,7 +145,7 @@ def by_hand():
     processor = AutoProcessor.from_pretrained(default_model())
     model = AutoModelForImageTextToText.from_pretrained(default_model(), dtype=torch.float32).eval()
 
-    def by_hand(file, question):
+    def by_hand(file, question, **plan):
         content = [{"type": "image"}, {"type": "text", "text": question}]
         text = processor.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
@@ -154,8 +157,8 @@ def by_hand():
             return processor.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)[0]
 
         plain = said().strip()
-        with illava.patch(model, reduction=0.778) as handle:
-            return (plain, said().strip()), handle.report.final_tokens
+        with illava.patch(model, **{"reduction": 0.778, "trace": True} | plan) as handle:
+            return (plain, said().strip()), handle.report
 
     return by_hand
 
@@ -169,11 +172,11 @@ def pictures():
 def test_upload_ask_and_see_both_answers(open_tab, pictures, by_hand, tmp_path):
     shutil.copy(pictures["white"], tmp_path / "mine.jpg")
     question = "which digit is white ?"
-    expected, left = by_hand(pictures["white"], question)
+    expected, report = by_hand(pictures["white"], question)
     tab = open_tab()
     upload(tab, tmp_path / "mine.jpg")
     assert ask(tab, question) == expected
-    assert f"from {left} of 144 visual tokens" in tab.inner_text(".verdict")
+    assert f"from {report.final_tokens} of 144 visual tokens" in tab.inner_text(".verdict")
     costs = tab.locator("#patched dd").all_inner_texts()
     assert len(costs) == 3
     assert "×" in costs[0]
@@ -292,6 +295,55 @@ def test_the_reduction_slider_asks_the_patched_side_again(open_tab, pictures):
     assert answers(tab, lambda: slide(tab, "reduction", 0.3))[0] == plain
     assert "of 144" in tab.inner_text(".verdict")
     assert tab.inner_text(".verdict") != before
+
+
+def pick_from(tab, label: str, choice: str) -> None:
+    """Open a list of the controls, and click on one of its choices."""
+    tab.get_by_label(label, exact=True).click()
+    tab.get_by_role("option", name=choice).click()
+    tab.keyboard.press("Escape")
+
+
+def test_share_layers_and_rule_are_drawn_as_set(open_tab, server, pictures, by_hand):
+    """One after the other: bars, answer and overlay are those of a model patched so by hand."""
+    question, file = "which digit is green ?", pictures["green"]
+    tab = open_tab()
+    upload(tab, file)
+    ask(tab, question)
+    default, more = server.handlers.asker.default, 5
+    seen = [tab.get_attribute(".overlay img", "src")]
+    assert more not in default.vit_layers
+    plan = {"vit_layers": default.vit_layers, "llm_layers": default.llm_layers}
+    tab.get_by_text("layers and rules").click()
+
+    def share():
+        slide(tab, "encoder-share", 0.9)
+        plan["encoder_share"] = int(tab.input_value("#encoder-share input[type=number]")) / 100
+
+    def layers():
+        pick_from(tab, "encoder blocks that merge", str(more))
+        plan["vit_layers"] = (*default.vit_layers, more)
+
+    def rule():
+        pick_from(tab, "merging rule", "prune: drop the rest")
+        plan["merge"] = "prune"
+
+    for change in (share, layers, rule):
+        said = answers(tab, change)
+        expected, report = by_hand(file, question, **plan)
+        assert said == expected
+        place = int(tab.input_value("#merge input[type=number]"))
+        drawn = Overlays(report, [media.read(file, Limits())]).html(place)
+        tab.wait_for_function(
+            "s => document.querySelector('.overlay img').src === s", arg=re.search(r'src="([^"]+)"', drawn)[1]
+        )
+        seen.append(tab.get_attribute(".overlay img", "src"))
+        (picture,) = report.pictures
+        assert tab.locator(".stairs .count").all_inner_texts() == [
+            "144", *(str(record.tokens_out) for record in picture.layers)
+        ]  # fmt: skip
+    assert plan["encoder_share"] > 0.8 > default.settings.encoder_share
+    assert len(set(seen)) == 4
 
 
 def test_several_pictures_and_a_video_from_the_examples(open_tab):

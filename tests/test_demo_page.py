@@ -1,8 +1,13 @@
 """The web page as it is served, without a browser: what it answers, bounds, refuses and says."""
 
+import dataclasses
 import http.client
 import json
 import os
+import re
+import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -10,6 +15,7 @@ import urllib.error
 import urllib.request
 import uuid
 from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -109,6 +115,44 @@ def test_both_sides_answer_and_say_what_it_cost(server, tab):
     again = list(server.handlers.ask_again(tab, 2, False, 8, *plan_of(server, 0)))
     assert "this plan merges none" in last(again, "verdict")
     assert last(again, "overlay") == ""
+
+
+# Of every control a value that is not the page's first, and what it means in a plan.
+OTHER = {
+    "reduction": (61.5, "reduction", 0.615),
+    "encoder_share": (73, "encoder_share", 0.73),
+    "vit_layers": ([2, 5], "vit_layers", (2, 5)),
+    "llm_layers": ([3], "llm_layers", (3,)),
+    "rule": ("linear", "merge", "linear"),
+    "score": ("lse", "score", "lse"),
+    "queries": ("visual", "queries", "visual"),
+    "windows": ("picture", "window_score", "picture"),
+}
+
+
+def test_every_control_is_heard(server, tab, monkeypatch):
+    """Each alone, and all at once, by both who ask; the components stand in the order of the values."""
+    from illava.demo import controls
+
+    assert list(OTHER) == [field.name for field in dataclasses.fields(controls.Controls)]
+    first = list(plan_of(server))
+    heard, ask_asker = [], asking.Asker.ask
+
+    def watched(asker, prompt, plan, **rest):
+        heard.append(plan)
+        return ask_asker(asker, prompt, plan, **rest)
+
+    begun = controls.plan_of(*first)
+    for place, (value, setting, meant) in enumerate(OTHER.values()):
+        assert getattr(begun, setting) != meant
+        changed = controls.plan_of(*first[:place], value, *first[place + 1 :])
+        assert changed == dataclasses.replace(begun, **{setting: meant})
+    monkeypatch.setattr(asking.Asker, "ask", watched)
+    values, plan = zip(*((value, (name, meant)) for value, name, meant in OTHER.values()), strict=True)
+    ask(server, tab, plan=first)
+    list(server.handlers.ask_again(tab, 0, False, 8, *values))
+    ask(server, tab, plan=values)
+    assert heard == [None, begun, Plan(**dict(plan)), None, Plan(**dict(plan))]
 
 
 def test_what_is_wrong_is_said_in_words(server, tab, monkeypatch):
@@ -265,3 +309,50 @@ def test_more_questions_than_the_queue_holds_are_turned_away(server, monkeypatch
     assert 503 in statuses, said
     assert "full" in said[-1][1].lower()
     assert statuses.count(200) <= 4  # one being answered or about to be, and those that wait
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ended_with", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_the_command_serves_until_it_is_ended_and_leaves_no_upload(tmp_path, ended_with, status):
+    pytest.importorskip("gradio", reason='the web page needs Gradio: pip install ".[demo]"')
+    root, folder = Path(__file__).resolve().parent.parent, tmp_path / "temporary"
+    folder.mkdir()
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+        "TMPDIR": str(folder),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    port, said = free_port(), tmp_path / "said"
+    with said.open("w") as out:
+        command = subprocess.Popen(
+            [sys.executable, "-m", "illava", "demo", "--port", str(port), "--device", "cpu"],
+            cwd=tmp_path, env=environment, stdout=out, stderr=subprocess.STDOUT,
+            # A shell that runs tests in the background has them ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )  # fmt: skip
+    try:
+        end = time.monotonic() + 300
+        while not (at := re.search(r"illava is at (\S+) ", said.read_text())):
+            assert command.poll() is None, said.read_text()
+            assert time.monotonic() < end, "no address in five minutes: " + said.read_text()
+            time.sleep(0.1)
+        assert at[1] == f"http://127.0.0.1:{port}/"
+        opened = SimpleNamespace(url=at[1])
+        code, page = post(opened, "/", None)
+        assert code == 200
+        assert "The same model answers twice" in page
+        code, uploaded = upload(opened, b"a picture")
+        assert code == 200
+        (file,) = (Path(name) for name in json.loads(uploaded))
+        assert file.read_bytes() == b"a picture"
+        assert file.is_relative_to(folder)
+        command.send_signal(ended_with)
+        assert command.wait(timeout=120) == status, said.read_text()
+    finally:
+        command.kill()
+        command.wait()
+    assert "Traceback" not in said.read_text()
+    assert ("the page is closed; what was uploaded is deleted" in said.read_text()) == (status == 130)
+    assert [path for path in folder.rglob("*") if path.is_file()] == []
+    assert list(folder.glob("illava-demo-*")) == []

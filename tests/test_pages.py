@@ -1,5 +1,6 @@
 """What the pages say of files and of installing: links lead somewhere, commands are those that work today."""
 
+import csv
 import re
 from pathlib import Path
 
@@ -39,6 +40,38 @@ def test_illava_is_installed_from_a_clone(path):
 def test_the_readme_names_every_extra():
     listed = re.search(r"^Extras: .*?\n\n", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     assert set(re.findall(r"`\[([\w-]+)\]`", listed[0])) == set(EXTRAS)
+
+
+def tables(text):
+    """Every table of a page: its rows as lists of cells, the head first."""
+    blocks = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
+    rows = [[line.strip("| ").split(" | ") for line in block.splitlines()] for block in blocks]
+    return [[head, *body] for head, _, *body in rows]
+
+
+def measured(row):
+    """A row of benchmarks/prefill.py's CSV as the README prints it."""
+    percent = f"{100 * float(row['reduction']):.3g}"
+    times = [f"{float(row[name]):.2f}" for name in ("speedup", "p25", "p75")]
+    return [
+        percent if percent == "0" else f"{percent} %",
+        " to ".join(f"{int(count):,}" for count in row["tokens"].split(" > ")),
+        f"{float(row['bound']):.2f}x",
+        "{}x ({} to {})".format(*times),
+        f"{float(row['share_of_bound']):.2f}",
+    ]
+
+
+def test_the_readmes_first_screen_has_a_picture_and_what_was_measured():
+    text = (ROOT / "README.md").read_text()
+    top = "".join(text.splitlines(keepends=True)[:40])
+    with (ROOT / "benchmarks" / "results" / "prefill_cpu.csv").open(newline="") as file:
+        rows = [measured(row) for row in csv.DictReader(file)]
+    (first,) = tables(top)
+    (long,) = [table for table in tables(text.split("\n## How fast\n")[1]) if table[0][0] == "reduction"]
+    assert long[1:] == rows
+    assert first == [row[:-1] for row in long if row[0] != "0"]
+    assert re.search(r"!\[[^]]+\]\(docs/images/see\.jpg\)\n", top).start() < top.index("| reduction |")
 
 
 def test_the_layout_has_every_part_of_the_package_once():

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
+from trace_cost import without_records
 
 import illava
 from contract import tools
@@ -13,14 +14,13 @@ from illava import language, vision
 from illava.families import packing
 from illava.hooks import EncoderHooks, encoder
 from illava.language import LanguageCall
+from illava.retrace import TracedPicture
 from illava.tracing import LanguageTrace
 
 # Code that keeps records: these modules, and what merges and hooks call only to fill them.
 RECORDING = ("illava/tracing.py", "illava/retrace.py", "illava/origins.py", "illava/sparse.py")
-FILLING = [
-    inspect.unwrap(function).__code__
-    for function in (LanguageCall._names, EncoderHooks._trace_reads, packing.weights_of_packing)
-]
+FILLED = LanguageCall._names, EncoderHooks._trace_reads, packing.weights_of_packing, TracedPicture.__init__
+FILLING = [inspect.unwrap(function).__code__ for function in FILLED]
 
 
 class Operations(TorchDispatchMode):
@@ -88,6 +88,21 @@ def costs_nothing(family, monkeypatch):
 @tools.each_family
 def test_off_it_costs_nothing(family, monkeypatch):
     costs_nothing(family, monkeypatch)
+
+
+@tools.each_family
+def test_off_it_is_as_without_the_code_of_the_records(family):
+    """Which benchmarks/trace_cost.py takes out of the source, to time what is left."""
+    model, inputs = tools.build(family), tools.prompt_of(family, tools.mixed(family))
+    off = operations(model, inputs, family, trace=False)
+    before = LanguageCall.merge
+    with without_records():
+        bare = operations(model, inputs, family, trace=True)
+    assert bare[:3] == off[:3]
+    assert not bare[2], "code that keeps records ran"
+    assert bare[3].provenance is None, "it is still there"
+    assert bare[3] == off[3]
+    assert LanguageCall.merge is before
 
 
 @pytest.mark.parametrize("traced_alone", [False, True])
