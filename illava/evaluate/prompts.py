@@ -60,7 +60,7 @@ def build_inputs(loaded: Loaded, items: Sequence[Item]) -> dict[str, Any]:
     if films and getattr(processor, "video_processor", None) is None:
         raise DataError(f"{loaded.name} takes pictures only; leave {_named(films)} out")
     texts = [_written(loaded, item) for item in items]
-    pictures = [picture for item in items for picture in item.pictures]
+    pictures = [item.pictures for item in items]
     clips = [clip for item in films for clip in item.clips]
     try:
         return processed(loaded.model, processor, texts, pictures, clips)
