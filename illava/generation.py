@@ -20,7 +20,7 @@ def processed(
     model: Any,
     processor: Any,
     texts: Sequence[str],
-    pictures: Sequence[Any],
+    pictures: Sequence[Sequence[Any]],
     clips: Sequence[tuple[Any, Any]],
 ) -> dict[str, Any]:
     """Inputs of `generate`: one batch, padded on the left, on the model's device.
@@ -28,14 +28,20 @@ def processed(
     Args:
         model, processor: of one checkpoint.
         texts: prompts, each with its marks for pictures and videos.
-        pictures: of all prompts in their order, as PIL images.
-        clips: likewise, each as `illava.jobs.pictures.read_clip` gives it.
+        pictures: of each prompt, as PIL images.
+        clips: of all prompts in their order, each as `illava.jobs.pictures.read_clip` gives it.
 
     Raises whatever the processor raises for what it refuses.
     """
-    options: dict[str, Any] = {"images": list(pictures)} if pictures else {}
+    options: dict[str, Any] = {}
+    # By prompt: LLaVA-OneVision cuts a picture into tiles only where it is alone in its prompt.
+    if rows := [list(row) for row in pictures if row]:
+        options["images"] = rows
     if clips:
         options |= clip_options(clips)
+    begin = tokenizer_of(processor).bos_token
+    if begin is not None and all(text.startswith(begin) for text in texts):
+        options["add_special_tokens"] = False  # the chat template wrote it; as in apply_chat_template
     batch = processor(text=list(texts), padding=True, padding_side="left", return_tensors="pt", **options)
     correct_times(batch, processor, clips)
     # Only pixels take the model's type: in bfloat16, the seconds between frames would be rounded.

@@ -1,5 +1,6 @@
 """Jobs that are killed: every item exactly once, in one process and on a Ray cluster of two workers."""
 
+import contextlib
 import json
 import os
 import random
@@ -10,9 +11,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
+from typer.testing import CliRunner
 
 import tiny_checkpoint
+from illava.cli import app
 from jobs_at_work import pictures
 
 TESTS = Path(__file__).parent
@@ -123,3 +127,50 @@ def test_two_workers_of_a_ray_cluster_one_of_them_killed(checkpoint, tmp_path):
     pids = Counter(record["pid"] for record in finished(results) if "pid" in record)
     assert len(pids) >= 2
     assert pids[victim] < 100
+
+
+def workers_of_ray(pid):
+    """The processes of Ray, started by a process, that hold a model."""
+    found = set()
+    with contextlib.suppress(psutil.NoSuchProcess):  # it or one of them just ended
+        for child in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                title = " ".join(child.cmdline())
+                if title.startswith("ray::") and "_Worker" in title:
+                    found.add(child.pid)
+    return found
+
+
+@pytest.mark.parametrize("command", ["run", "fidelity"])
+def test_a_command_on_two_workers_of_a_ray_cluster(command, checkpoint, tmp_path):
+    """As users type it: every item once, and what the same command says in one process."""
+    pytest.importorskip("ray", reason='needs Ray: pip install ".[ray]"')
+    data, results, alone = pictures(tmp_path / "data", 12), tmp_path / "ray.jsonl", tmp_path / "alone.jsonl"
+    words = [command, checkpoint, "--data", data, "--prompt", "what is this ?", "--reduction", 0.778]
+    words += ["--max-new-tokens", 3, "--batch-size", 1, "--device", "cpu"]
+    on_ray = [*words, "--out", results, "--engine", "ray", "--workers", 2]
+    path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    job = subprocess.Popen(
+        [sys.executable, "-m", "illava", *map(str, on_ray)],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    workers = set()
+    while job.poll() is None:
+        workers |= workers_of_ray(job.pid)
+        time.sleep(0.3)
+    complete(job)
+    check_each_once(finished(results), data)
+    assert len(workers) == 2
+
+    done = CliRunner().invoke(app, [str(word) for word in [*words, "--out", alone]])
+    assert done.exit_code == 0, done.output
+    one, other = ({record["key"]: said(record) for record in finished(file)} for file in (results, alone))
+    assert one == other
+    assert len(set(one.values())) > 1
+
+
+def said(record):
+    """Of a record, the answers and how many of their tokens are equal."""
+    plans = record.get("plans", {}).values()
+    return record.get("answer"), tuple((plan["answer"], plan["equal_tokens"]) for plan in plans)

@@ -16,6 +16,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import illava
 from answers import say
 from readers import batches, tasks
+from zoo import folders
+from zoo.common import Image as Pixels
 
 pytest.importorskip("lmms_eval", reason='needs lmms-eval: pip install ".[lmms-eval]"')
 
@@ -26,6 +28,7 @@ READER = ROOT / "checkpoints" / "qwen2_5_vl"
 PLAN = {"vit_layers": (1, 3), "llm_layers": (1, 3), "reduction": 0.8}
 SAID = "vit_layers=1-3,llm_layers=1-3,reduction=0.8"
 COUNTS = {"find": 14, "several": 4}
+TOKENS = 8
 
 
 def test_lmms_eval_finds_the_models():
@@ -69,56 +72,63 @@ def items():
     }
 
 
-@pytest.fixture(scope="module")
-def folder(items, tmp_path_factory):
-    """Two tasks of lmms-eval over pictures of ours, and a run of both models on them."""
+def write_task(folder, name, pictures, questions, answers):
+    """A task of lmms-eval, one of those in `folder/tasks`, of which every YAML file is one.
+
+    Args:
+        pictures: PIL images of each question.
+    """
     import datasets
 
-    folder = tmp_path_factory.mktemp("lmms_eval")
-    (folder / "tasks").mkdir()  # every YAML file in it is a task
-    (folder / "tasks" / "utils.py").write_text(
+    tasks = folder / "tasks"
+    tasks.mkdir(exist_ok=True)
+    (tasks / "utils.py").write_text(
         "def doc_to_visual(doc):\n    return doc['images']\n\n\n"
         "def doc_to_text(doc):\n    return doc['question']\n"
     )
+    features = datasets.Features(
+        images=datasets.Sequence(datasets.Image()),
+        question=datasets.Value("string"),
+        answer=datasets.Value("string"),
+    )
+    rows = {"images": pictures, "question": questions, "answer": answers}
+    data = datasets.DatasetDict(test=datasets.Dataset.from_dict(rows, features=features))
+    data.save_to_disk(folder / f"{name}_data")
+    (tasks / f"{name}.yaml").write_text(
+        f"task: illava_{name}\n"
+        f"dataset_path: {folder / f'{name}_data'}\n"
+        "dataset_kwargs:\n  load_from_disk: true\n"
+        "test_split: test\n"
+        "output_type: generate_until\n"
+        "doc_to_visual: !function utils.doc_to_visual\n"
+        "doc_to_text: !function utils.doc_to_text\n"
+        "doc_to_target: answer\n"
+        f"generation_kwargs:\n  max_new_tokens: {TOKENS}\n"
+        "metric_list:\n  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+
+
+def write_runs(folder, runs, **common):
+    """What `run` runs: for each name, lmms-eval's arguments that differ."""
+    common |= {"include_path": str(folder / "tasks"), "device": "cpu", "log_samples": True}
+    settled = [common | asked | {"output_path": str(folder / name)} for name, asked in runs.items()]
+    (folder / "runs.yaml").write_text(yaml.safe_dump(settled))
+
+
+@pytest.fixture(scope="module")
+def folder(items, tmp_path_factory):
+    """Two tasks of lmms-eval over pictures of ours, and a run of both models on them."""
+    folder = tmp_path_factory.mktemp("lmms_eval")
     for task, asked in items.items():
-        rows = {
-            "images": [[Image.fromarray(picture) for picture in item.pictures] for item in asked],
-            "question": [item.questions[0].text for item in asked],
-            "answer": [item.questions[0].answer for item in asked],
-        }
-        features = datasets.Features(
-            images=datasets.Sequence(datasets.Image()),
-            question=datasets.Value("string"),
-            answer=datasets.Value("string"),
-        )
-        data = datasets.DatasetDict(test=datasets.Dataset.from_dict(rows, features=features))
-        data.save_to_disk(folder / f"{task}_data")
-        (folder / "tasks" / f"{task}.yaml").write_text(
-            f"task: illava_{task}\n"
-            f"dataset_path: {folder / f'{task}_data'}\n"
-            "dataset_kwargs:\n  load_from_disk: true\n"
-            "test_split: test\n"
-            "output_type: generate_until\n"
-            "doc_to_visual: !function utils.doc_to_visual\n"
-            "doc_to_text: !function utils.doc_to_text\n"
-            "doc_to_target: answer\n"
-            "generation_kwargs:\n  max_new_tokens: 8\n"
-            "metric_list:\n  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n"
-        )
-    common = {
-        "model": "illava_qwen2_5_vl",
-        "tasks": ",".join(f"illava_{task}" for task in items),
-        "include_path": str(folder / "tasks"),
-        "batch_size": 4,
-        "device": "cpu",
-        "log_samples": True,
-    }
-    runs = [
-        common
-        | {"model_args": f"pretrained={READER},dtype=float32,{plan}", "output_path": str(folder / name)}
+        questions = [item.questions[0] for item in asked]
+        pictures = [[Image.fromarray(picture) for picture in item.pictures] for item in asked]
+        write_task(folder, task, pictures, [q.text for q in questions], [q.answer for q in questions])
+    runs = {
+        name: {"model_args": f"pretrained={READER},dtype=float32,{plan}"}
         for name, plan in {"unpatched": "reduction=0", "patched": SAID}.items()
-    ]
-    (folder / "runs.yaml").write_text(yaml.safe_dump(runs))
+    }
+    tasks_named = ",".join(f"illava_{task}" for task in items)
+    write_runs(folder, runs, model="illava_qwen2_5_vl", tasks=tasks_named, batch_size=4)
     return folder
 
 
@@ -157,6 +167,14 @@ def newest(folder, pattern):
     return found[-1]
 
 
+def results_of(folder, task):
+    """lmms-eval's score of a task, and what it was answered, in the order of its questions."""
+    results = json.loads(newest(folder, "*results.json").read_text())["results"]
+    samples = map(json.loads, newest(folder, f"*samples_illava_{task}.jsonl").read_text().splitlines())
+    said = {row["doc_id"]: row["filtered_resps"].strip() for row in samples}
+    return results[f"illava_{task}"]["exact_match,none"], [said[i] for i in range(len(said))]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_scores_are_our_own_count(folder, items, ours, processes):
@@ -165,21 +183,58 @@ def test_scores_are_our_own_count(folder, items, ours, processes):
               "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "-m"]  # fmt: skip
     out = run(folder, *([] if processes == 1 else launch), "lmms_eval")
     for name, answered in ours.items():
-        results = json.loads(newest(folder / name, "*results.json").read_text())["results"]
         for task, asked in items.items():
-            samples = newest(folder / name, f"*samples_illava_{task}.jsonl").read_text().splitlines()
-            said = {row["doc_id"]: row["filtered_resps"] for row in map(json.loads, samples)}
-            assert [said[i].strip() for i in range(len(asked))] == [text.strip() for text in answered[task]]
-            right = [
-                said_.strip() == item.questions[0].answer
-                for said_, item in zip(answered[task], asked, strict=True)
-            ]
-            assert results[f"illava_{task}"]["exact_match,none"] == pytest.approx(np.mean(right))
+            score, said = results_of(folder / name, task)
+            assert said == [text.strip() for text in answered[task]]
+            right = [text == item.questions[0].answer for text, item in zip(said, asked, strict=True)]
+            assert score == pytest.approx(np.mean(right))
         for file in (folder / name).rglob("*"):
             if file.is_file():
                 file.unlink()  # the next number of processes writes its own
     assert ours["patched"] != ours["unpatched"]
     assert "encoder blocks (1, 3)" in out or "1, 3" in out
+
+
+def asked_alone(checkpoint, pictures, question, plan):
+    """The answer of a model patched by hand, its prompt made by transformers alone."""
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    content = [{"type": "image", "image": picture} for picture in pictures]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
+        tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+    with torch.inference_mode(), illava.patch(model, **plan):
+        ids = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+    return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+@pytest.mark.slow
+def test_scores_of_other_families_are_our_own_count(tmp_path):
+    """InternVL and LLaVA-OneVision, patched; every second answer to be given is what the model should say."""
+    shown = [
+        [picture.pil() for picture in row]
+        for row in ([Pixels(90, 200)], [Pixels(60, 150), Pixels(200, 100)], [Pixels(112, 112)])
+    ]
+    questions = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9"]
+    plan, runs, expected = {"vit_layers": (0, 2), "llm_layers": (1,), "reduction": 0.6}, {}, {}
+    for family in ("internvl", "llava_onevision"):
+        checkpoint = folders.write(family, tmp_path / "checkpoints" / family)
+        expected[family] = [
+            asked_alone(checkpoint, pictures, question, plan)
+            for pictures, question in zip(shown, questions, strict=True)
+        ]
+        assert len(set(expected[family])) == 3
+        right = [said if place % 2 == 0 else "nothing" for place, said in enumerate(expected[family])]
+        write_task(tmp_path, family, shown, questions, right)
+        runs[family] = {
+            "model": f"illava_{family}", "tasks": f"illava_{family}",
+            "model_args": f"pretrained={checkpoint},vit_layers=0-2,llm_layers=1,reduction=0.6",
+        }  # fmt: skip
+    write_runs(tmp_path, runs, batch_size=1)
+    run(tmp_path, "lmms_eval")
+    for family, said in expected.items():
+        assert results_of(tmp_path / family, family) == (pytest.approx(2 / 3), said)
 
 
 def test_a_setting_that_does_not_exist_is_said_before_anything_is_loaded():

@@ -170,7 +170,7 @@ class Asker:
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
         images = [x.image for x in prompt.shown if isinstance(x, Picture)]
-        return processed(self.model, self.processor, [text], images, [_timed(clip) for clip in clips])
+        return processed(self.model, self.processor, [text], [images], [_timed(clip) for clip in clips])
 
 
 def _timed(clip: Clip) -> tuple[Any, VideoMetadata]:

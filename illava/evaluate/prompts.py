@@ -64,7 +64,7 @@ def build_inputs(loaded: Loaded, items: Sequence[Item]) -> dict[str, Any]:
         others = f" and {len(films) - 1} more" if len(films) > 1 else ""
         raise DataError(f"{loaded.name} takes pictures only; leave {films[0].source}{others} out")
     texts = [_written(loaded, item) for item in items]
-    pictures = [picture for item in items for picture in item.pictures]
+    pictures = [item.pictures for item in items]
     clips = [clip for item in films for clip in item.clips]
     try:
         return processed(loaded.model, processor, texts, pictures, clips)

@@ -84,7 +84,7 @@ class Answerer:
             generation: for `generate`.
 
         Raises:
-            DataError: a video that cannot be read.
+            DataError: a video that cannot be read, or for a model that takes none.
         """
         inputs = self.inputs(conversations)
         ids = self.model.generate(**inputs, **generation)[:, inputs["input_ids"].shape[1] :]
@@ -93,11 +93,15 @@ class Answerer:
 
     def inputs(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
         """Conversations as inputs of `generate`: one batch, padded on the left, on the model's device."""
-        parts = [
-            part for messages in conversations for message in messages for part in _parts(message["content"])
+        rows = [
+            [part for message in messages for part in _parts(message["content"])]
+            for messages in conversations
         ]
-        images = [_picture(part["image"]) for part in parts if part["type"] == "image"]
-        clips = [self._clip(part["video"]) for part in parts if part["type"] == "video"]
+        images = [[_picture(part["image"]) for part in row if part["type"] == "image"] for row in rows]
+        films = [part["video"] for row in rows for part in row if part["type"] == "video"]
+        if films and getattr(self.processor, "video_processor", None) is None:  # it would leave them out
+            raise DataError(f"{self.model.name_or_path} takes pictures only; leave {films[0]} out")
+        clips = [self._clip(file) for file in films]
         texts = [
             self.processor.apply_chat_template(
                 [_without_media(message) for message in messages], tokenize=False, add_generation_prompt=True
