@@ -206,8 +206,8 @@ class Handle(OfOneModel):
             for seam in seams.projectors:
                 self._before(seam.module, partial(encoder.enter_projector, seam))
                 self._after(seam.module, lambda m, a, k, out, seam=seam: encoder.leave_projector(seam, out))
-            if self.plan.vit_layers and seams.regrid is not None:
-                self._before(seams.regrid.module, partial(encoder.enter_regrid, seams.regrid))
+        if seams.regrid is not None and (self.plan.vit_layers or self._state.fast_windows):
+            self._before(seams.regrid.module, partial(encoder.enter_regrid, seams.regrid))
         depth = len(seams.blocks)
         first = min((*self.plan.vit_layers, depth - 1)) if self.plan.vit_layers else depth
         for number in range(0 if self._state.fast_windows else first, depth):

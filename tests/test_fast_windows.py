@@ -5,6 +5,8 @@ import torch
 
 import illava
 import tiny
+import zoo
+from contract import tools
 from zoo import internvl
 
 FAMILIES = tiny.FAMILIES
@@ -47,6 +49,19 @@ def test_same_results_with_and_without_merging(family, attention):
         torch.testing.assert_close(logits(model, inputs), merged, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(merged, expected, atol=1e-3)
     assert torch.equal(logits(model, inputs), expected)
+
+
+@pytest.mark.parametrize("plan", [dict(reduction=0), dict(reduction=0.5, encoder_share=0)], ids=str)
+def test_patches_joined_inside_an_encoder_that_merges_nothing(plan):
+    """Spans behind the module that joins them are those of the halved grid, as where blocks merge."""
+    family = "minicpmv4_6"
+    if family not in zoo.FAMILIES:
+        pytest.skip(zoo.ABSENT[family])
+    model, inputs = tools.build(family), tools.prompt_of(family, tools.mixed(family))
+    with tools.patch(model, family, **plan):
+        expected = logits(model, inputs)
+    with tools.patch(model, family, **plan, fast_windows=True):
+        torch.testing.assert_close(logits(model, inputs), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("plan", [dict(reduction=0), PLAN], ids=["alone", "merging"])

@@ -134,7 +134,7 @@ class EncoderHooks:
 
     def enter_regrid(self, regrid: Regrid, module: Any, args: Any, kwargs: Any) -> Any:
         call = self.state.vision.get()
-        if call is None or not call.removes:
+        if call is None or not (call.removes or self.state.fast_windows):
             return None
         return (), regrid.squeeze(arguments(module, args, kwargs), call.enter_regrid(regrid.block))
 

@@ -20,23 +20,19 @@ CODE = os.path.dirname(illava.__file__) + os.sep
 # Where in a module's call: hooks of somebody else's, ahead of illava's and behind them, and `forward` itself.
 WHERE = ("before, first", "before, last", "inside", "after, first", "after, last")
 
-# Two by default, and one more of each other code path with `-m slow`; what shares its code with one of these
-# runs with `-m soak`.
+# With `-m slow` one of each other code path; what shares its code with one of these runs with `-m soak`.
 SLOW = ("qwen3_vl", "llava_next", "minicpmv4_6")
-some_families = pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(
-            name,
-            marks=[]
-            if name in ("qwen2_5_vl", "internvl")
-            else pytest.mark.slow
-            if name in SLOW
-            else pytest.mark.soak,
-        )
-        for name in tools.zoo.FAMILIES
-    ],
-)
+
+
+def families(*fast: str):
+    """Parametrise over every family, by default over these."""
+    slow = {"qwen2_5_vl", "internvl", *SLOW}.difference(fast)
+    marks = {name: pytest.mark.slow for name in slow} | {name: () for name in fast}
+    params = [pytest.param(f, marks=marks.get(f, pytest.mark.soak)) for f in tools.zoo.FAMILIES]
+    return pytest.mark.parametrize("family", params)
+
+
+some_families = families("qwen2_5_vl", "internvl")
 
 
 class FailureError(Exception):
@@ -169,9 +165,9 @@ def context_is_empty() -> bool:
     return not _SLOTS.get()
 
 
-def answer(model, inputs):
+def answer(model, inputs, tokens: int = 2):
     """Ids, logits and cache lengths of a short greedy answer."""
-    ids, logits, cache = tools.greedy(model, inputs, tokens=2)
+    ids, logits, cache = tools.greedy(model, inputs, tokens=tokens)
     return ids, logits, tools.held(cache)
 
 

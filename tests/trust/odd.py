@@ -42,30 +42,76 @@ def prompts(draw, family: str, rows: int = 3):
     return table
 
 
+LAST = 3  # encoder block and decoder layer of all models here
+SHARES = (0.9, 0.6, 0.3, 0.01)
+FAST = ("qwen", "minicpm")  # families whose encoder attends in spans that could be run together
+
+
+def evenly(c):
+    """A score that needs no attention: units in turn, over the whole segment."""
+    place = torch.arange(c.index.shape[1], device=c.index.device)
+    return -((place[None] * 7) % 11).float().expand(c.index.shape)
+
+
+def half_the_mean(c, kept):
+    """A rule: each survivor is half of itself, half the mean of its segment."""
+    itself = torch.nn.functional.one_hot(kept, c.index.shape[1]).float()
+    mean = c.real / c.real.sum(dim=1, keepdim=True)
+    return (itself + mean[:, None]) / 2
+
+
+# What `plans` never draws, for `illava.patch` refuses it: settings, and what the error says.
+REFUSED = {
+    "the last block and the output, both ranked by that block's attention": (
+        dict(vit_layers=(LAST, "output")), "leave one of them out",
+    ),
+    "the input, where nothing attends, ranked by attention": (
+        dict(llm_layers=("input",), merge="prune"), "give a function as score",
+    ),
+    "the input, where nothing attends, recycled by attention": (
+        dict(llm_layers=("input",), score=evenly), "and 'prune' or a function as merge",
+    ),
+}  # fmt: skip
+
+
 @st.composite
 def plans(draw, family: str) -> dict:
-    """Settings for `illava.patch`: layers, one of three budgets, and all the rest."""
+    """What `illava.patch` is given: layers and the two ends, one of the four budgets, and all the rest."""
     first = 1 if family.startswith("minicpm") else 0  # its layer 0 is linear and ranks nothing
 
     def layers(start):
-        numbers = st.lists(st.integers(start, 3), max_size=3, unique=True)
+        numbers = st.lists(st.integers(start, LAST), max_size=3, unique=True)
         return tuple(sorted(draw(numbers)))
 
-    settings = dict(vit_layers=layers(0), llm_layers=layers(first))
-    way = draw(st.sampled_from(["reduction", "keep_ratio", "tokens_removed"]))
+    def shares(layers):
+        some = st.lists(st.sampled_from([1, *SHARES]), min_size=len(layers), max_size=len(layers))
+        return tuple(sorted(draw(some), reverse=True))
+
+    vit, llm = layers(0), layers(first)
+    score = draw(st.sampled_from(["attention", "attention", "lse", evenly]))
+    merge = draw(st.sampled_from(["recycle", "prune", "linear", half_the_mean]))
+    if LAST not in vit and draw(st.booleans()):
+        vit = (*vit, "output")
+    if callable(score) and merge != "recycle" and draw(st.booleans()):
+        llm = ("input", *llm)
+    settings = dict(vit_layers=vit, llm_layers=llm, score=score, merge=merge)
+    way = draw(st.sampled_from(["reduction", "keep_ratio", "tokens_removed", "shares"]))
     if way == "reduction":
         settings["reduction"] = draw(st.sampled_from([0.01, 0.3, 0.667, 0.889, 0.999]))
         settings["encoder_share"] = draw(st.sampled_from([0, 0.4, 1]))
+    elif way == "shares":
+        settings |= dict(vit_shares=shares(vit), llm_shares=shares(llm))
     else:
         values = [0.01, 0.5, 0.85, 1] if way == "keep_ratio" else [0, 1, 3, 10**6]
         settings |= {f"{stage}_{way}": draw(st.sampled_from(values)) for stage in ("vit", "llm")}
     return settings | dict(
-        merge=draw(st.sampled_from(["recycle", "prune", "linear"])),
-        score=draw(st.sampled_from(["attention", "attention", "lse"])),
         queries=draw(st.sampled_from(["text", "all", "visual", "last"])),
         window_score=draw(st.sampled_from(["window", "picture"])),
         recycled=draw(st.sampled_from([0.01, 0.3, 1])),
         members=draw(st.sampled_from([1, 2, 5, 50])),
+        proportional=draw(st.booleans()),
+        fast_windows=family.startswith(FAST) and draw(st.booleans()),
+        trace=draw(st.booleans()),
     )
 
 

@@ -29,12 +29,12 @@ def seams(model) -> dict:
 
 
 class Subject:
-    """A patched model, what it answers, and what the unpatched one looks like."""
+    """A patched model, what it answers in so many tokens, and what the unpatched one looks like."""
 
     KINDS = ("one picture", "text only", "batch")  # of the next call: other sizes, no picture, several rows
 
-    def __init__(self, family, monkeypatch) -> None:
-        self.model = tools.build(family)
+    def __init__(self, family, monkeypatch, tokens=2) -> None:
+        self.model, self.tokens = tools.build(family), tokens
         self.watch = faults.Watch(monkeypatch)
         self.inputs = tools.prompt_of(family, tools.mixed(family))
         # Hugging Face puts its recorders on a model when first asked.
@@ -42,7 +42,9 @@ class Subject:
         self.before, self.forwards = tools.trace(self.model), self._forwards()
         self.handle = tools.patch(self.model, family, **tools.DEEP)
         self.prompts = {kind: tools.prompt_of(family, kind) for kind in self.KINDS}
-        self.expected = {kind: faults.answer(self.model, prompt) for kind, prompt in self.prompts.items()}
+        self.expected = {
+            kind: faults.answer(self.model, prompt, tokens) for kind, prompt in self.prompts.items()
+        }
         self.turn = itertools.cycle(self.KINDS)
 
     def ends_with(self, error: type[BaseException]) -> bool:
@@ -61,7 +63,7 @@ class Subject:
     def check_next(self, told: str) -> None:
         """The next call is what a fresh patched model answers, and nothing is left."""
         kind = next(self.turn)
-        answer = faults.answer(self.model, self.prompts[kind])
+        answer = faults.answer(self.model, self.prompts[kind], self.tokens)
         assert faults.same(answer, self.expected[kind]), f"{kind} after {told}"
         assert not self.watch.alive, told
         assert not faults.under_way(self.handle, waiting=("encoded",)), told
@@ -81,12 +83,27 @@ class Subject:
         return {module: module.__dict__.get("forward") for module in self.model.modules()}
 
 
-def throw_at(subject, places: dict, errors, wheres=faults.WHERE) -> None:
-    """Faults at places in turn; after each, the next call."""
+def merging(subject) -> dict:
+    """The modules that carry a merge out: blocks and layers of the plan, and what follows the encoder."""
+    plan, blocks, layers = subject.handle.plan, tools.blocks(subject.model), tools.layers(subject.model)
+    parts = {f"block {i}": blocks[i] for i in plan.vit_layers} | {
+        f"layer {i}": layers[i] for i in plan.llm_layers
+    }
+    projectors = subject.handle._state.seams.projectors
+    return parts | {f"projector {i}": projector.module for i, projector in enumerate(projectors)}
+
+
+def throw_at(subject, faults_in_turn) -> int:
+    """Throw each fault, and call again behind it.
+
+    Args:
+        faults_in_turn: of a module's name, the module, an error and a place in the module's call.
+
+    Returns:
+        How many were thrown: a family may not call every module.
+    """
     thrown = 0
-    for (name, module), kind, where in zip(
-        places.items(), itertools.cycle(errors), itertools.cycle(wheres), strict=False
-    ):
+    for (name, module), kind, where in faults_in_turn:
         error, told = faults.ERRORS[kind], f"{kind} {where} {name}"
         with faults.fault(module, where, error):
             if not subject.ends_with(type(error())):
@@ -95,30 +112,48 @@ def throw_at(subject, places: dict, errors, wheres=faults.WHERE) -> None:
         if kind != "Ctrl-C":  # torch runs no hooks behind it; the next call or removal clears up
             subject.check_left(told)
         subject.check_next(told)
-    assert thrown > 10
     subject.check_removal()
+    return thrown
 
 
-EVERYWHERE = "thrown at each in turn; the next call is bit-identical, nothing is left of the failed one"
+def one_each(places: dict, errors, wheres=faults.WHERE):
+    """Every place once, with the next error at the next point of its call."""
+    return zip(places.items(), itertools.cycle(errors), itertools.cycle(wheres), strict=False)
+
+
+RIGHT = "the next call is bit-identical, nothing is left of the failed one"
+IN_TURN = f"one at each module, at another point of its call each time; {RIGHT}"
+EVERYWHERE = f"thrown at each in turn; {RIGHT}"
+ANY = "an exception, out of memory or Ctrl-C in"
 
 
 @claim(
-    "an exception or out of memory in a block, layer or projector, or in anybody's hook on one", EVERYWHERE
+    f"{ANY} a merging block, a merging layer or the projector",
+    f"each of them inside forward and in hooks before and after it, ahead of illava's and behind; {RIGHT}",
 )
+@faults.families("qwen2_5_vl")
+def test_every_error_at_every_point_of_a_merge(family, monkeypatch):
+    subject = Subject(family, monkeypatch, tokens=1)
+    product = list(itertools.product(merging(subject).items(), faults.ERRORS, faults.WHERE))
+    assert len(product) >= 6 * len(faults.ERRORS) * len(faults.WHERE)
+    assert throw_at(subject, product) == len(product), "each was thrown"
+
+
+@claim("an exception or out of memory in a block, layer or projector, or in anybody's hook on one", IN_TURN)
 @faults.some_families
 def test_an_exception_at_every_seam(family, monkeypatch):
     subject = Subject(family, monkeypatch)
-    throw_at(subject, seams(subject.model), ["an exception", "out of memory"])
+    assert throw_at(subject, one_each(seams(subject.model), ["an exception", "out of memory"])) > 10
 
 
-@claim("Ctrl-C in a block, layer or projector, or in anybody's hook on one", EVERYWHERE)
+@claim("Ctrl-C in a block, layer or projector, or in anybody's hook on one", IN_TURN)
 @faults.some_families
 def test_an_interruption_at_every_seam(family, monkeypatch):
     subject = Subject(family, monkeypatch)
-    throw_at(subject, seams(subject.model), ["Ctrl-C"], faults.WHERE[1::2])
+    assert throw_at(subject, one_each(seams(subject.model), ["Ctrl-C"])) > 10
 
 
-@claim("an exception, out of memory or Ctrl-C in any module", EVERYWHERE)
+@claim(f"{ANY} any module", IN_TURN)
 @pytest.mark.parametrize(
     "family",
     [
@@ -128,7 +163,7 @@ def test_an_interruption_at_every_seam(family, monkeypatch):
 )
 def test_a_fault_in_every_module(family, monkeypatch):
     subject = Subject(family, monkeypatch)
-    throw_at(subject, dict(subject.model.named_modules()), faults.ERRORS)
+    assert throw_at(subject, one_each(dict(subject.model.named_modules()), faults.ERRORS)) > 10
 
 
 @claim(
@@ -145,14 +180,21 @@ def test_removal_after_an_interruption(family, monkeypatch):
         subject.check_removal()
 
 
+# Lines to interrupt at: in a call or in patching, and in removal.
+SAMPLE, REMOVAL_SAMPLE = 60, 20
+
+
 def interrupted_at(lines: int, count: int) -> list[int]:
     """Seeded choice of lines to interrupt."""
     return sorted((torch.randperm(lines)[:count] + 1).tolist())
 
 
-@claim("Ctrl-C between any two lines of illava's own code in a call", EVERYWHERE)
+@claim(
+    "Ctrl-C between two lines of illava's own code in a call",
+    f"at {SAMPLE} lines drawn at random of the thousands that run; {RIGHT}",
+)
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava_next"])
-@pytest.mark.parametrize("count", [8, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [8, pytest.param(SAMPLE, marks=pytest.mark.slow)])
 def test_an_interruption_anywhere(family, count, monkeypatch):
     subject = Subject(family, monkeypatch)
     with faults.Interruption() as all_lines:
@@ -165,7 +207,11 @@ def test_an_interruption_anywhere(family, count, monkeypatch):
     subject.check_removal()
 
 
-@claim("Ctrl-C while patching or removing", "at every line of illava's code; removing again finishes the job")
+@claim(
+    "Ctrl-C while patching or removing",
+    f"at {SAMPLE} lines drawn at random of illava's code while patching, at {REMOVAL_SAMPLE} while removing; "
+    "removing again finishes the job",
+)
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next"])
 def test_an_interrupted_patch_or_removal(family):
     model = tools.build(family)
@@ -177,11 +223,11 @@ def test_an_interrupted_patch_or_removal(family):
         handle.remove()
     assert patching.lines > 500
     assert removing.lines > 50
-    for line in interrupted_at(patching.lines, 60):
+    for line in interrupted_at(patching.lines, SAMPLE):
         with pytest.raises(KeyboardInterrupt), faults.Interruption(line):
             tools.patch(model, family, **tools.DEEP)
         assert tools.trace(model) == before, line
-    for line in interrupted_at(removing.lines, 20):
+    for line in interrupted_at(removing.lines, REMOVAL_SAMPLE):
         handle = tools.patch(model, family, **tools.DEEP)
         with pytest.raises(KeyboardInterrupt), faults.Interruption(line):
             handle.remove()

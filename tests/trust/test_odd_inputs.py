@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import illava
 from contract import tools
+from contract.one_hot import account
 from trust import odd
 
 FEW, MANY = 6, 40
@@ -28,6 +30,8 @@ def check_encoder(plan, call):
     removed = [sum(plan.vit_removed(units)) for units in call.layout.frame_units]
     left = [units - gone for units, gone in zip(call.layout.frame_units, removed, strict=True)]
     assert list(call.stages[-1].frame_counts) == left
+    if shares := plan.settings.vit_shares:
+        assert left == [max(1, round(shares[-1] * units)) for units in call.layout.frame_units]
 
 
 def check_decoder(plan, call, text, rotary, full):
@@ -53,6 +57,25 @@ def check_decoder(plan, call, text, rotary, full):
     ):
         assert entered - left == sum(plan.llm_removed(tokens, entered)), f"picture {number}"
         assert left >= min(1, entered)
+        if shares := plan.settings.llm_shares:
+            assert left == min(entered, max(1, round(shares[-1] * tokens)))
+
+
+def check_weights(decision):
+    """Weights sum to one, by a name or by a function: nothing is made of padding."""
+    torch.testing.assert_close(decision.weights.sum(dim=1), torch.ones(len(decision.recycled)))
+    if decision.mixture is not None:
+        for weights, kept, real in zip(decision.mixture, decision.kept_counts, decision.counts, strict=True):
+            torch.testing.assert_close(weights[:kept, :real].sum(dim=1), torch.ones(kept))
+
+
+def check_trace(report):
+    """Every patch is accounted for, and what is left is what the report counts."""
+    for picture, own in zip(report.pictures, report.provenance, strict=True):
+        account(own)
+        steps, layers = own.merges, picture.layers
+        assert [(s.stage, s.layer) for s in steps] == [(r.stage, r.layer) for r in layers]
+        assert [len(s.tokens) for s in steps] == [r.tokens_out for r in layers]
 
 
 def check(family, rows, plan_settings, side="left"):
@@ -63,8 +86,8 @@ def check(family, rows, plan_settings, side="left"):
         plain = tools.forward(model, inputs).logits
     with tools.patch(model, family, **plan_settings) as handle:
         with odd.Watch(model) as watch:
-            out = tools.forward(model, inputs, use_cache=True)
-        logits = out.logits
+            logits = tools.forward(model, inputs, use_cache=True).logits
+        report = handle.report
         assert logits.shape == plain.shape
         assert logits.isfinite().all()
         assert torch.equal(logits, tools.forward(model, inputs).logits), "the same bits again"
@@ -73,14 +96,19 @@ def check(family, rows, plan_settings, side="left"):
         for call in (c for c in watch.language if c.changes_length):  # the model does the others by itself
             check_decoder(handle.plan, call, text, watch.rotary, unpatched.rotary[0])
         for decision in watch.decisions:
-            ones = torch.ones(len(decision.recycled))
-            torch.testing.assert_close(decision.weights.sum(dim=1), ones)
+            check_weights(decision)
+        assert (report is None) == handle.plan.removes_nothing
+        if plan_settings["trace"] and report is not None:
+            check_trace(report)
         for number, row in enumerate(rows):  # whoever sits beside
             alone = tools.forward(model, tools.prompt(family, row, seeds=[number], side=side)).logits[0]
             own = logits[number, inputs["attention_mask"][number].bool()]
             torch.testing.assert_close(own, alone, atol=1e-4, rtol=1e-4)
-        if handle.report is not None:
+        if report is not None:
             assert min(p.final_tokens for p in handle.report.pictures) >= 1
+    if plan_settings["trace"]:
+        with tools.patch(model, family, **(plan_settings | dict(trace=False))):
+            assert torch.equal(logits, tools.forward(model, inputs).logits), "to be traced changes nothing"
     assert torch.equal(tools.forward(model, inputs).logits, plain), "and no trace"
 
 
@@ -90,11 +118,32 @@ def drawn(family, data):
 
 
 @pytest.mark.claim("Odd inputs", "odd pictures and prompts, odd plans", "works", "drawn by hypothesis")
+@pytest.mark.claim(
+    "Determinism", "the same odd inputs twice, on a CPU", "works",
+    "the same logits bit for bit, whatever hypothesis draws, and with a trace the same as without",
+)  # fmt: skip
 @tools.each_family
 @given(data=st.data())
 @settings(max_examples=FEW)
 def test_whatever_is_asked(family, data):
     drawn(family, data)
+
+
+@pytest.mark.parametrize("why", odd.REFUSED)
+@tools.each_family
+def test_what_is_never_drawn_is_refused(family, why):
+    settings, said = odd.REFUSED[why]
+    with pytest.raises(illava.PlanError, match=said):
+        tools.patch(tools.build(family), family, **settings)
+
+
+@tools.each_family
+def test_windows_are_run_together_where_there_are_any(family):
+    if family.startswith(odd.FAST):
+        with tools.patch(tools.build(family), family, fast_windows=True):
+            return
+    with pytest.raises(illava.PlanError, match="leave fast_windows out"):
+        tools.patch(tools.build(family), family, fast_windows=True)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -151,8 +152,9 @@ def bounds(requirement):
 
 
 @pytest.mark.claim(
-    "Supply", "dependencies are bounded", "works", "pyproject names both ends; .ci/run installs both"
-)
+    "Supply", "dependencies are bounded", "works",
+    "pyproject names both ends of each; .ci/run installs both and runs the tests",
+)  # fmt: skip
 @pytest.mark.parametrize("requirement", PROJECT["dependencies"])
 def test_every_dependency_has_both_ends_and_ci_proves_them(requirement):
     """The upper end is the newest that pip finds, which CI's first environment gets; the lower is pinned."""
@@ -161,6 +163,41 @@ def test_every_dependency_has_both_ends_and_ci_proves_them(requirement):
     pinned = dict(re.findall(r'"([a-z]+)==([\d.]+)"', (ROOT / ".ci/run").read_text()))
     assert Version(pinned[name]) == own[">="]
     assert own[">="] <= Version(metadata.version(name)) < own["<"]
+
+
+EXTRAS = PROJECT["optional-dependencies"]
+OF_EXTRAS = sorted({r for extra in EXTRAS.values() for r in extra if Requirement(r).name != PROJECT["name"]})
+NOT_IN_CI = {"qwen", "flash"}
+
+
+def with_their_own(extras):
+    """These extras and those they bring along."""
+    seen, queue = set(), list(extras)
+    while queue:
+        if (extra := queue.pop()) not in seen:
+            seen.add(extra)
+            wanted = map(Requirement, EXTRAS[extra])
+            queue += [more for r in wanted if r.name == PROJECT["name"] for more in r.extras]
+    return seen
+
+
+@pytest.mark.claim(
+    "Supply", "dependencies of extras are bounded", "works",
+    "pyproject names both ends of each; .ci/run installs the newest alone, and not those of qwen and flash",
+)  # fmt: skip
+@pytest.mark.parametrize("requirement", OF_EXTRAS)
+def test_what_extras_bring_has_both_ends(requirement):
+    own, name = bounds(requirement), Requirement(requirement).name
+    assert set(own) == {">=", "<"}, "a lower bound and an upper one"
+    assert [r for r in OF_EXTRAS if Requirement(r).name == name] == [requirement], "the same in all extras"
+    with suppress(metadata.PackageNotFoundError):  # an extra may not be installed here
+        assert own[">="] <= Version(metadata.version(name)) < own["<"]
+
+
+def test_ci_installs_the_other_extras():
+    commands = "".join((ROOT / name).read_text() for name in (".ci/run", "README.md"))
+    installed = re.findall(r'^ *pip install .*-e "\.\[([a-z,-]+)\]"', commands, re.MULTILINE)
+    assert with_their_own(",".join(installed).split(",")) == EXTRAS.keys() - NOT_IN_CI
 
 
 # Licences that let a user do with illava what its own (Apache-2.0) lets them. NVIDIA's wheels, which the CUDA
