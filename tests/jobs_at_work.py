@@ -1,10 +1,9 @@
-"""What the tests of large jobs have a job do, and the job as a process that can be killed.
-
-python jobs_at_work.py DATA RESULTS WORK [ENGINE [CHECKPOINT]]
-"""
+"""What the tests of large jobs have a job do, and the job as a process that can be killed."""
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import os
 import sys
 import time
@@ -18,16 +17,35 @@ from illava import jobs
 
 
 @dataclass(frozen=True)
-class Colours:
-    """The mean colour of a picture, at so many seconds a batch."""
+class Stuck:
+    """Takes its time for each batch, and after so many gets stuck until it is killed."""
 
+    after: int = sys.maxsize
     seconds: float = 0.0
 
+    def ahead_of(self, work):
+        """The same work, stuck there."""
+        batches = itertools.count()
+
+        def stuck(items):
+            time.sleep(self.seconds)
+            while next(batches) >= self.after:
+                time.sleep(1)
+            return work(items)
+
+        return stuck
+
+
+@dataclass(frozen=True)
+class Colours:
+    """The mean colour of a picture."""
+
+    stuck: Stuck = Stuck()
+
     def __call__(self):
-        return self.work
+        return self.stuck.ahead_of(self.work)
 
     def work(self, items):
-        time.sleep(self.seconds)
         return [
             {"colour": list(item.pictures[0].resize((1, 1)).getpixel((0, 0))), "pid": os.getpid()}
             for item in items
@@ -39,6 +57,7 @@ class Answers:
     """What a patched model of a small checkpoint folder says."""
 
     checkpoint: str
+    stuck: Stuck = Stuck()
 
     def __call__(self):
         import torch
@@ -52,7 +71,6 @@ class Answers:
         handle = illava.patch(model, reduction=0.778)
 
         def work(items):
-            time.sleep(0.2)  # long enough to be killed in the middle
             messages = [
                 [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": item.prompt}]}]
                 for item in items
@@ -69,7 +87,7 @@ class Answers:
                 for ids, count in zip(said, tokens, strict=True)
             ]
 
-        return work
+        return self.stuck.ahead_of(work)
 
 
 def pictures(folder: Path, count: int) -> Path:
@@ -86,14 +104,21 @@ def pictures(folder: Path, count: int) -> Path:
 
 
 def main() -> None:
-    data, results, work, *rest = sys.argv[1:]
-    engine = rest[0] if rest else "process"
-    factory = Answers(rest[1]) if work == "answers" else Colours(float(work))
-    settings = {"data": data, "work": type(factory).__name__, "engine": engine}
+    parser = argparse.ArgumentParser()
+    parser.add_argument("data", type=Path)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--engine", default="process")
+    parser.add_argument("--checkpoint", help="answers of this model; without one, colours")
+    parser.add_argument("--stuck-after", type=int, default=sys.maxsize, help="batches")
+    parser.add_argument("--seconds", type=float, default=0.0, help="of each batch")
+    options = parser.parse_args()
+    stuck = Stuck(options.stuck_after, options.seconds)
+    factory = Answers(options.checkpoint, stuck) if options.checkpoint else Colours(stuck)
+    settings = {"data": str(options.data), "work": type(factory).__name__, "engine": options.engine}
     print(
         jobs.run(
-            jobs.read_items(data), factory, results, settings=settings,
-            batch_size=4, engine=engine, workers=2 if engine == "ray" else None,
+            jobs.read_items(options.data), factory, options.results, settings=settings,
+            batch_size=4, engine=options.engine, workers=2 if options.engine == "ray" else None,
         )
     )  # fmt: skip
 

@@ -68,16 +68,16 @@ def test_a_process_killed_ten_times_at_random_does_each_item_once(tmp_path):
     kills = 0
     for _ in range(10):
         before = len(finished(results))
-        job = start(data, results, 0.15)
+        job = start(data, results, "--stuck-after", 5)  # some 20 items of the 242, if it gets so far
         wait_for(before + 1, results, job)
-        time.sleep(chance.uniform(0, 0.25))
+        time.sleep(chance.uniform(0, 0.03))
         job.send_signal(signal.SIGKILL)
         job.wait()
         kills += job.returncode == -signal.SIGKILL
         assert len(finished(results)) > before, "each of them went on where the last had been"
     assert kills == 10
     assert len(finished(results)) < 242
-    out = complete(start(data, results, 0))
+    out = complete(start(data, results))
     check_each_once(finished(results), data)
     assert "were there before" in out
     assert len({record["pid"] for record in finished(results) if "pid" in record}) == 11
@@ -91,13 +91,13 @@ def checkpoint(tmp_path_factory):
 def test_a_patched_model_killed_and_gone_on_with_says_what_it_says_undisturbed(checkpoint, tmp_path):
     data = pictures(tmp_path / "data", 16)
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    complete(start(data, whole, "answers", "process", checkpoint))
-    job = start(data, killed, "answers", "process", checkpoint)
+    complete(start(data, whole, "--checkpoint", checkpoint))
+    job = start(data, killed, "--checkpoint", checkpoint, "--stuck-after", 2)
     wait_for(4, killed, job)
     job.kill()
     job.wait()
     assert 4 <= len(finished(killed)) < 18
-    complete(start(data, killed, "answers", "process", checkpoint))
+    complete(start(data, killed, "--checkpoint", checkpoint))
     check_each_once(finished(killed), data)
     said = [{r["key"]: (r.get("said"), r.get("tokens")) for r in finished(file)} for file in (whole, killed)]
     # What is left forms other batches, and padding rounds differently; tokens are what the plan says.
@@ -111,16 +111,19 @@ def test_a_patched_model_killed_and_gone_on_with_says_what_it_says_undisturbed(c
 def test_two_workers_of_a_ray_cluster_one_of_them_killed(checkpoint, tmp_path):
     pytest.importorskip("ray", reason='needs Ray: pip install ".[ray]"')
     data, results = pictures(tmp_path / "data", 100), tmp_path / "results.jsonl"
-    job = start(data, results, "answers", "ray", checkpoint)
-    deadline = time.monotonic() + 200
-    while len({record["pid"] for record in finished(results) if "pid" in record}) < 2:
-        assert job.poll() is None, job.communicate()[0]
-        assert time.monotonic() < deadline, "no two workers"
-        time.sleep(0.05)
-    seen = finished(results)
-    victim = next(record["pid"] for record in seen if "pid" in record)
-    os.kill(victim, signal.SIGKILL)
-    out = complete(job)
+    job = start(data, results, "--engine", "ray", "--checkpoint", checkpoint, "--seconds", 0.2)
+    try:
+        deadline = time.monotonic() + 200
+        while len({record["pid"] for record in finished(results) if "pid" in record}) < 2:
+            assert job.poll() is None, job.communicate()[0]
+            assert time.monotonic() < deadline, "no two workers"
+            time.sleep(0.05)
+        seen = finished(results)
+        victim = next(record["pid"] for record in seen if "pid" in record)
+        os.kill(victim, signal.SIGKILL)
+        out = complete(job)
+    finally:
+        job.kill()
     assert len(seen) < 102, "it was killed in the middle"
     check_each_once(finished(results), data)
     assert "100 answered, 2 unreadable, 0 failed" in out
