@@ -1,4 +1,4 @@
-"""Jobs that are killed: every item exactly once, in one process and on a Ray cluster of two workers."""
+"""Jobs that are killed, and commands on Ray: every item exactly once, in one process and on two workers."""
 
 import contextlib
 import json
@@ -158,8 +158,10 @@ def test_a_command_on_two_workers_of_a_ray_cluster(command, checkpoint, tmp_path
         cwd=tmp_path, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    workers = set()
+    workers, deadline = set(), time.monotonic() + 300
     while job.poll() is None:
+        if time.monotonic() > deadline:
+            job.kill()
         workers |= workers_of_ray(job.pid)
         time.sleep(0.3)
     complete(job)

@@ -1,4 +1,7 @@
-"""VLMEvalKit on questions about drawn pictures: its predictions are the model's own answers."""
+"""VLMEvalKit on questions about drawn pictures: its predictions and scores are the model's own.
+
+In one process: its several use NCCL, and with that a GPU each.
+"""
 
 import base64
 import csv
@@ -6,6 +9,7 @@ import io
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,9 +36,19 @@ vlmevalkit.register("plain", reduction=0, **common)
 vlmevalkit.register("merged", vit_layers="1-3", llm_layers="1-3", reduction=0.8, **common)
 
 from vlmeval.run import main
-sys.argv = ["run", "--model", "plain", "merged", "--data", "drawn", "--mode", "infer", "--work-dir", "out"]
+common = ["run", "--model", "plain", "merged", "--work-dir", "out"]
+sys.argv = [*common, "--data", "drawn", "--mode", "infer"]  # it scores no free answers to tables of one's own
+main()
+sys.argv = [*common, "--data", "choices", "--judge", "exact_matching"]
 main()
 """
+# It asks like this; the reader, which never saw such a question, says something all the same.
+CHOICES = {"A": "triangle", "B": "zero", "C": "one", "D": "circle"}
+CHOOSE = (
+    "Question: {}\nOptions:\n"
+    + "".join(f"{letter}. {word}\n" for letter, word in CHOICES.items())
+    + "Please select the correct answer from the options above. \n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,30 +56,43 @@ def items():
     return [tasks.held_out_item("find", "test", i) for i in range(COUNT)]
 
 
-def answers(items):
+def answers(items, form="{}"):
     """By transformers and illava alone."""
     model = AutoModelForImageTextToText.from_pretrained(READER, dtype=torch.float32).eval()
     composer = batches.Composer(model, AutoProcessor.from_pretrained(READER))
-
+    asked = []
+    for item in items:
+        (question,) = item.questions
+        asked.append(replace(item, questions=(replace(question, text=form.format(question.text)),)))
     with torch.inference_mode():
-        plain = [say(model, composer, item) for item in items]
+        plain = [say(model, composer, item).strip() for item in asked]
         with illava.patch(model, **PLAN):
-            return {"plain": plain, "merged": [say(model, composer, item) for item in items]}
+            return {"plain": plain, "merged": [say(model, composer, item).strip() for item in asked]}
+
+
+def write_data(file, items, right, **columns):
+    """A table of VLMEvalKit: pictures, questions and the answers to be given."""
+    with file.open("w", newline="") as opened:
+        writer = csv.writer(opened, delimiter="\t")
+        writer.writerow(["index", "image", "question", "answer", *columns])
+        for i, (item, answer) in enumerate(zip(items, right, strict=True)):
+            png = io.BytesIO()
+            Image.fromarray(item.pictures[0]).save(png, "png")
+            encoded = base64.b64encode(png.getvalue()).decode()
+            writer.writerow([i, encoded, item.questions[0].text, answer, *columns.values()])
 
 
 @pytest.mark.slow
-def test_predictions_are_the_models_own_answers(items, tmp_path):
+def test_predictions_and_scores_are_the_models_own(items, tmp_path):
     import pandas
 
+    expected, chosen = answers(items), answers(items, CHOOSE)
+    letter_of = {word: letter for letter, word in CHOICES.items()}
+    # What the unpatched model says where that is a choice, and D elsewhere: some are right, and some are not.
+    right = [letter_of.get(word, "D") for word in chosen["plain"]]
     (tmp_path / "data").mkdir()
-    with (tmp_path / "data" / "drawn.tsv").open("w", newline="") as file:
-        writer = csv.writer(file, delimiter="\t")
-        writer.writerow(["index", "image", "question", "answer"])
-        for i, item in enumerate(items):
-            png = io.BytesIO()
-            Image.fromarray(item.pictures[0]).save(png, "png")
-            question = item.questions[0]
-            writer.writerow([i, base64.b64encode(png.getvalue()).decode(), question.text, question.answer])
+    write_data(tmp_path / "data" / "drawn.tsv", items, [item.questions[0].answer for item in items])
+    write_data(tmp_path / "data" / "choices.tsv", items, right, **CHOICES)
     (tmp_path / "run.py").write_text(SCRIPT)
     done = subprocess.run(
         [sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False,
@@ -76,13 +103,18 @@ def test_predictions_are_the_models_own_answers(items, tmp_path):
         },
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    expected = answers(items)
-    for name, said in expected.items():
-        (file,) = {path.resolve() for path in (tmp_path / "out" / name).rglob(f"{name}_drawn.tsv")}
-        table = pandas.read_csv(file, sep="\t").sort_values("index")
-        # VLMEvalKit keeps a picture as a JPEG or PNG of its own: the answers say that nothing was lost.
-        assert [str(text).strip() for text in table["prediction"]] == [text.strip() for text in said]
+    for name in expected:
+        for data, said in (("drawn", expected[name]), ("choices", chosen[name])):
+            (file,) = {path.resolve() for path in (tmp_path / "out" / name).rglob(f"{name}_{data}.tsv")}
+            table = pandas.read_csv(file, sep="\t").sort_values("index")
+            # VLMEvalKit keeps a picture as a JPEG or PNG of its own: the answers say that nothing was lost.
+            assert [str(text).strip() for text in table["prediction"]] == said
+        (file,) = {path.resolve() for path in (tmp_path / "out" / name).rglob(f"{name}_choices*_acc.csv")}
+        ours = [letter_of.get(word) == letter for word, letter in zip(chosen[name], right, strict=True)]
+        assert 0 < sum(ours) < len(ours)
+        assert pandas.read_csv(file)["Overall"].tolist() == pytest.approx([sum(ours) / len(ours)])
     assert expected["plain"] != expected["merged"]
+    assert chosen["plain"] != chosen["merged"]
 
 
 def test_turns_of_a_conversation():
