@@ -3,12 +3,14 @@
     python tests/trust/page.py    # writes docs/trust.md
 
 The tables lie in `results/`, one for each version of transformers (`claims.py` says how they are written);
-`results/soak.csv` holds the last run of what is run by hand.
+`results/soak.csv` holds the last run of what is run by hand, `results/peers.json` how many of transformers'
+own tests that were.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from pathlib import Path
 
@@ -30,6 +32,14 @@ definition gives. **Refused** means that the call ends with an error that says t
 to do instead. **Not known** means that its test could run nowhere. Where a claim was not tested, or not for a
 family, the note says why. The contract (bit-identical after removal and at `reduction=0`, equal to the
 reference otherwise) has a table of its own in the README.
+"""
+PEERS = """\
+They are those of {mixins} in the source package of transformers {version}: {total} for each family.
+These pass unpatched and are held against the patched model: {counts}.
+The others are skipped, most for want of an accelerator, flash attention or DeepSpeed, or fail unpatched, most
+for want of the inputs or the attention they ask for. **Not run**: GenerationTesterMixin and
+ExportTesterMixin, whose files that package lacks (decoding has its own tests, above; of torch.export nothing
+is claimed), and the mixins for pipelines, training and several devices.
 """
 TOPICS = ("Decoding", "Assisted decoding", "Outputs", "Caches", "Calls", "Odd inputs", "Faults", "Threads")
 
@@ -54,6 +64,19 @@ def render() -> str:
     for topic in topics:
         if own := [row for row in rows if row["topic"] == topic]:
             parts.append(section(topic, own, versions))
+    parts.append(peers())
+    return "\n".join(parts)
+
+
+def peers() -> str:
+    """Which of transformers' own tests were run, below their table, which comes last."""
+    parts = []
+    for version, found in json.loads((RESULTS / "peers.json").read_text()).items():
+        tests = found["tests"]
+        counts = ", ".join(f"`{family}` {kinds['passed']}" for family, kinds in tests.items())
+        (total,) = {sum(kinds.values()) for kinds in tests.values()}
+        mixins = " and ".join(found["mixins"])
+        parts.append(PEERS.format(version=version, mixins=mixins, total=total, counts=counts))
     return "\n".join(parts)
 
 

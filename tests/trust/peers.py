@@ -60,6 +60,11 @@ def mixin() -> type:
     return importlib.import_module(f"{PACKAGE}.test_modeling_common").ModelTesterMixin
 
 
+def mixins() -> list[str]:
+    """The mixins with tests in them, of those that `mixin()` inherits."""
+    return sorted(k.__name__ for k in mixin().__mro__ if any(name.startswith("test_") for name in vars(k)))
+
+
 class Tester:
     """What the mixin asks of a family: a config and inputs that fit it."""
 

@@ -1,13 +1,19 @@
 """transformers' own common tests, on models patched as they are made: what passes unpatched passes patched.
 
 They run where `ILLAVA_TRANSFORMERS_SOURCE` names transformers' source (see `peers.py`). "Every merge idle"
-has all hooks at work and removes nothing; at 66.7 % the tests in `NO_LONGER` make no sense any more.
+has all hooks at work and removes nothing; at 66.7 % the tests in `NO_LONGER` make no sense any more. How many
+there are and how many pass unpatched is written in `results/peers.json`, for the page.
 """
 
+import json
+from collections import Counter
+from functools import cache
+
 import pytest
+import transformers
 
 from contract import tools
-from trust import peers
+from trust import claims, peers
 
 WHY_NOT = peers.why_not()
 pytestmark = [
@@ -27,9 +33,25 @@ NO_LONGER = {
 NAMES = [] if WHY_NOT else peers.names()
 
 
+@cache
+def unpatched(family, name):
+    return peers.run(family, name, None)
+
+
 def unpatched_passes(family, name):
-    if (outcome := peers.run(family, name, None)) != "passed":
+    if (outcome := unpatched(family, name)) != "passed":
         pytest.skip(f"unpatched: {outcome}")
+
+
+@tools.each_family
+def test_how_many_there_are_is_what_is_written(family):
+    """What is skipped, or fails unpatched, is not held against the patched model: these are the others."""
+    written = json.loads((claims.RESULTS / "peers.json").read_text())
+    if (own := written.get(transformers.__version__)) is None:
+        pytest.skip(f"results/peers.json knows nothing of transformers {transformers.__version__}")
+    kinds = Counter(unpatched(family, name).split(":")[0] for name in NAMES)
+    assert own["mixins"] == peers.mixins()
+    assert own["tests"][family] == kinds
 
 
 @pytest.mark.claim("transformers' own tests", "every merge idle", "works", "all that pass unpatched pass")
