@@ -103,7 +103,7 @@ class LanguageHooks:
             mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None,
             past, module.config._attn_implementation, self.state.number,
             wanted=frozenset(name for name in RECORDED if self._wanted(module, call_args, name)),
-            prompt=self.state.prompt.get(),
+            prompt=self.state.prompt_end,
             traced=self.state.trace,
         )  # fmt: skip
         if visual is not None:

@@ -7,8 +7,9 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor
 
@@ -72,6 +73,13 @@ class OfOneModel:
         )
 
 
+@dataclass(frozen=True)
+class Asked:
+    """The caller's position where the prompt ends that a `generate` under way is answering."""
+
+    end: int | None
+
+
 class State(OfOneModel):
     """One patched model's plan and parts, and a value per thread and task for what is under way.
 
@@ -88,7 +96,7 @@ class State(OfOneModel):
         language: the language model call under way.
         recorded: hidden states and attention weights that the language model call put back at the
             caller's length.
-        prompt: the caller's position where the prompt ends that `generate` is answering.
+        prompt: what `generate` is answering, as long as it does.
         joining: whether a method of the model's own is joining pictures and text right now.
     """
 
@@ -106,7 +114,7 @@ class State(OfOneModel):
         self.visual: Slot[VisualInput | None] = Slot(None)
         self.language: Slot[LanguageCall | None] = Slot(None)
         self.recorded: Slot[dict[str, Any] | None] = Slot(None)
-        self.prompt: Slot[int | None] = Slot(None)
+        self.prompt: Slot[ref[Asked] | None] = Slot(None)
         self.joining: Slot[bool] = Slot(False)
 
     def forget(self) -> None:
@@ -168,11 +176,21 @@ class State(OfOneModel):
         finally:
             self.visual.set(None)
 
+    @property
+    def prompt_end(self) -> int | None:
+        """Where the prompt ends that `generate` is answering; `None` outside of it."""
+        held = self.prompt.get()
+        asked = None if held is None else held()
+        return None if asked is None else asked.end
+
     @contextmanager
     def answering(self, prompt: int | None) -> Iterator[None]:
         """The language model calls inside belong to one `generate`, whose prompt ends at this position."""
         outer = self.prompt.get()
-        self.prompt.set(prompt)
+        if outer is not None and outer() is None:
+            outer = None  # of a call that was interrupted while it took this back
+        asked = Asked(prompt)
+        self.prompt.set(ref(asked))
         try:
             yield
         finally:
