@@ -37,7 +37,7 @@ def loaded(processor):
 
 
 class Refusing:
-    video_processor = None
+    video_processor, bos_token = None, None
 
     def __init__(self, error):
         self.error = error

@@ -67,12 +67,18 @@ def test_code_from_elsewhere_is_never_asked_for(path):
 
 
 @pytest.mark.claim(
-    "Safety", "pickle, eval, exec", "works", "illava's code and tools use none of them (syntax tree)"
+    "Safety",
+    "pickle, eval, exec",
+    "works",
+    "illava's code and tools use none of them (syntax tree), but for one benchmark that compiles illava's "
+    "own source",
 )
 @pytest.mark.parametrize("path", PACKAGE + TOOLS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_that_came_as_data_is_run(path):
     imported, called, keywords = found(path)
     assert not imported & UNPICKLING
+    if path.name == "trace_cost.py":  # compiles functions of illava without what records traces
+        called -= {"compile", "exec"}
     assert not called & {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "yaml.load"}
     assert keywords.get("allow_pickle", "False") == "False"
     assert keywords.get("weights_only", "True") == "True"
