@@ -179,7 +179,7 @@ def test_patching_beside_a_running_model():
 
     def coming_and_going():
         count = 0
-        while not done.is_set():
+        while not done.wait(0.002):  # without a pause, the other thread would hardly ever have its turn
             with tools.patch(second, "internvl", **tools.DEEP):
                 count += 1
         return count
