@@ -9,22 +9,10 @@ import illava
 import tiny
 import zoo
 from contract import tools
+from contract.methods import evenly, whole_mean
 from contract.test_features import encode, needs_v5
 from illava import Plan, PlanError
 from illava.vision_scores import weigh
-
-
-def evenly(c):
-    """Every unit in turn, over the whole segment."""
-    place = torch.arange(c.index.shape[1], device=c.index.device)
-    return -((place[None] * 7) % 11).float().expand(c.index.shape)
-
-
-def whole_mean(c, kept):
-    """Each survivor is half of itself, half the mean of its segment."""
-    itself = torch.nn.functional.one_hot(kept, c.index.shape[1]).float()
-    mean = c.real / c.real.sum(dim=1, keepdim=True)
-    return (itself + mean[:, None]) / 2
 
 
 def both_ends(family):

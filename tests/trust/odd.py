@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import illava.merge
 from contract import tools
+from contract.methods import evenly, whole_mean
 from illava.language import LanguageCall
 from illava.vision import VisionCall
 from zoo.common import Image, Video
@@ -46,20 +47,6 @@ LAST = 3  # encoder block and decoder layer of all models here
 SHARES = (0.9, 0.6, 0.3, 0.01)
 FAST = ("qwen", "minicpm")  # families whose encoder attends in spans that could be run together
 
-
-def evenly(c):
-    """A score that needs no attention: units in turn, over the whole segment."""
-    place = torch.arange(c.index.shape[1], device=c.index.device)
-    return -((place[None] * 7) % 11).float().expand(c.index.shape)
-
-
-def half_the_mean(c, kept):
-    """A rule: each survivor is half of itself, half the mean of its segment."""
-    itself = torch.nn.functional.one_hot(kept, c.index.shape[1]).float()
-    mean = c.real / c.real.sum(dim=1, keepdim=True)
-    return (itself + mean[:, None]) / 2
-
-
 # What `plans` never draws, for `illava.patch` refuses it: settings, and what the error says.
 REFUSED = {
     "the last block and the output, both ranked by that block's attention": (
@@ -89,7 +76,7 @@ def plans(draw, family: str) -> dict:
 
     vit, llm = layers(0), layers(first)
     score = draw(st.sampled_from(["attention", "attention", "lse", evenly]))
-    merge = draw(st.sampled_from(["recycle", "prune", "linear", half_the_mean]))
+    merge = draw(st.sampled_from(["recycle", "prune", "linear", whole_mean]))
     if LAST not in vit and draw(st.booleans()):
         vit = (*vit, "output")
     if callable(score) and merge != "recycle" and draw(st.booleans()):
