@@ -9,6 +9,7 @@ import torch
 
 import illava
 import tiny
+from contract.methods import evenly
 from illava import patching
 from illava.hooks import in_graph, tracing
 from illava.language import LanguageCall
@@ -151,12 +152,6 @@ def test_hidden_states():
         found = model(**inputs, output_hidden_states=True).hidden_states
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     torch.compiler.reset()
-
-
-def evenly(c):
-    """Every unit in turn, over the whole segment."""
-    place = torch.arange(c.index.shape[1], device=c.index.device)
-    return -((place[None] * 7) % 11).float().expand(c.index.shape)
 
 
 @needs_contexts

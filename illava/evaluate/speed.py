@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -124,11 +123,9 @@ class _Arm:
         """What a call returns under this plan; running out of memory costs the arm, not the run."""
 
         def patched() -> Any:
-            with (
-                contextlib.nullcontext()
-                if self.plan is None
-                else illava.patch(model, plan=self.plan) as handle
-            ):
+            if self.plan is None:
+                return call(None)
+            with illava.patch(model, plan=self.plan) as handle:
                 return call(handle)
 
         result = unless_out_of_memory(patched)
@@ -201,7 +198,7 @@ def calls(inputs: int, plans: int, *, rounds: int, warmup: int = 1, new_tokens: 
 def _warm_up(arm: _Arm, sides: Sequence[Side], warmup: int, progress: Callable[[str], None]) -> None:
     for side in sides:
 
-        def calls(handle: illava.Handle | None, side: Side = side) -> bool:
+        def first_calls(handle: illava.Handle | None, side: Side = side) -> bool:
             for _ in range(warmup):
                 progress(f"warming up: {arm.name}")
                 side.prefill()
@@ -210,7 +207,7 @@ def _warm_up(arm: _Arm, sides: Sequence[Side], warmup: int, progress: Callable[[
                 arm.reports.append(handle.report)
             return True
 
-        arm.run(side.model, calls)
+        arm.run(side.model, first_calls)
 
 
 def _round(
