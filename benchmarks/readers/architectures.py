@@ -232,11 +232,28 @@ def initialize(model, seed: int) -> None:
                 module.bias.zero_()
     for name, weight in model.named_parameters():
         if name.endswith("position_embeddings"):
-            fill(weight, 0.1)
+            weight.copy_(_waves(weight.shape[1] - 1, weight.shape[2]))
         elif name.endswith("cls_token"):
             fill(weight, 0.02)
+        elif name.endswith("attention.k_proj.weight"):
+            # A patch first looks at those like it, its neighbours (mimetic initialisation, Trockman & Kolter 2023).
+            weight.copy_(model.get_parameter(name.replace("k_proj", "q_proj")))
         elif "lambda_" in name or (weight.ndim == 1 and name.endswith("weight")):  # layer scale, norms
             weight.fill_(1.0)
+
+
+def _waves(patches: int, width: int) -> torch.Tensor:
+    """Position embeddings `[1, 1 + patches, width]` of a square of patches: sines and cosines of row and column.
+
+    Neighbours begin alike, so that attention need not first learn which patches lie side by side. Their
+    wavelengths run from 2π to 40π patches; the class token, the first, has none.
+    """
+    side = round(patches**0.5)
+    turns = torch.arange(side)[:, None] * 20.0 ** -torch.linspace(0, 1, width // 4)  # [side, width / 4]
+    line = torch.cat((turns.sin(), turns.cos()), 1)  # [side, width / 2]
+    rows, columns = line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)
+    square = torch.cat((rows, columns), -1).flatten(0, 1)  # [side, side, width] -> [patches, width]
+    return torch.cat((torch.zeros(1, width), square))[None]
 
 
 @torch.no_grad()

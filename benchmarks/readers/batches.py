@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from readers import material, tasks
+from readers import material, scenes, tasks
 from readers.architectures import TILE, UNIT
 from readers.tasks import Item, Question
 
@@ -178,8 +178,13 @@ def _tiles(whole: np.ndarray) -> list[np.ndarray]:
 
 
 def charts(rng: np.random.Generator, kind: Kind, split: str, *, calm: float) -> list[Item]:
-    """Crowded pictures with nothing asked, for an encoder to learn to see; `calm` as in `scenes.chart`."""
-    drawn = [tasks.scenes.chart(rng, split, kind.side, calm=calm) for _ in range(kind.items)]
+    """Crowded pictures with nothing asked, every second a page of writing, for an encoder to learn to see.
+
+    Args:
+        calm: as in `scenes.chart`.
+    """
+    kinds = (scenes.chart, scenes.page)
+    drawn = [kinds[i % 2](rng, split, kind.side, calm=calm) for i in range(kind.items)]
     nothing = (Question("", "?", "?"),)
     return [Item((scene.pixels,), None, nothing, (scene.labels,)) for scene in drawn]
 

@@ -102,10 +102,12 @@ class Canvas:
         self.labels[more, :2] = name, colour
 
     def note_character(self, x: float, y: float, character: str) -> None:
-        """Label the unit that holds a character's middle."""
-        last = len(self.labels) - 1
-        slots = self.labels[min(int(y) // UNIT_PX, last), min(int(x) // UNIT_PX, last), 2:]
-        if (free := np.flatnonzero(slots == 0)).size:
+        """Label the unit that holds a character's middle, in the slot of the third that holds it."""
+        last = UNIT_PX * len(self.labels) - 1
+        x, y = min(int(x), last), min(int(y), last)
+        slots = self.labels[y // UNIT_PX, x // UNIT_PX, 2:]
+        third = x % UNIT_PX * SLOTS // UNIT_PX
+        if (free := [i for i in range(third, SLOTS) if not slots[i]]):  # two narrow ones may share a third
             slots[free[0]] = 1 + CHARACTERS.index(character)
 
 
@@ -160,20 +162,31 @@ def _draw(canvas: Canvas, rng, split, thing: Thing, cell: int) -> None:
     canvas.note(ink, top, left, 1 + number, 1 + list(material.COLOURS).index(thing.colour))
 
 
-def _write(canvas: Canvas, rng, split, thing: Thing, cell: int) -> None:
-    """Writing of 13 to 18 pixels within two cells side by side, whatever the size of the picture."""
+def _lettering(rng: np.random.Generator, split: str, string: str) -> tuple[Image.Image, object]:
+    """A string's ink, of 13 to 18 pixels whatever the size of the picture, and its font."""
     names = material.font_names(split)
     font = material.font(names[rng.integers(len(names))], int(rng.integers(13, 19)))
-    left, top, right, bottom = font.getbbox(thing.name)
-    width, height = right - left + 2, bottom - top + 2
-    ink = Image.new("L", (width, height))
-    ImageDraw.Draw(ink).text((1 - left, 1 - top), thing.name, font=font, fill=255)
+    left, top, right, bottom = font.getbbox(string)
+    ink = Image.new("L", (right - left + 2, bottom - top + 2))
+    ImageDraw.Draw(ink).text((1 - left, 1 - top), string, font=font, fill=255)
+    return ink, font
+
+
+def _write(canvas: Canvas, rng, split, thing: Thing, cell: int) -> None:
+    """Writing within two cells side by side."""
+    ink, font = _lettering(rng, split, thing.name)
+    width, height = ink.size
     y = thing.row * cell + int(rng.integers(max(1, cell - height + 1)))
     x = thing.column * cell + int(rng.integers(max(1, 2 * cell - width + 1)))
-    draw_ink(canvas.pixels, np.asarray(ink, np.float32) / 255, y, x, _shade(rng, thing.colour))
-    for i, character in enumerate(thing.name):
-        ahead, reached = (font.getlength(thing.name[:n]) for n in (i, i + 1))
-        canvas.note_character(x + (ahead + reached) / 2, y + height / 2, character)
+    _put(canvas, ink, font, thing.name, x, y, _shade(rng, thing.colour))
+
+
+def _put(canvas: Canvas, ink: Image.Image, font, string: str, x: int, y: int, colour: np.ndarray) -> None:
+    """Draw written ink with its corner at x and y, and label its characters."""
+    draw_ink(canvas.pixels, np.asarray(ink, np.float32) / 255, y, x, colour)
+    for i, character in enumerate(string):
+        ahead, reached = (font.getlength(string[:n]) for n in (i, i + 1))
+        canvas.note_character(x + (ahead + reached) / 2, y + ink.height / 2, character)
 
 
 def _finish(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -246,6 +259,25 @@ def chart(rng: np.random.Generator, split: str, side: int, *, calm: float) -> Sc
             things.append(thing)
             column += 1
     return Scene(_finish(canvas.pixels, rng), tuple(things), canvas.labels)
+
+
+def page(rng: np.random.Generator, split: str, side: int, *, calm: float) -> Scene:
+    """A picture covered with lines of writing; `calm` as in `chart`."""
+    still = background(rng, split, side)
+    canvas = Canvas(still + calm * (still.mean((0, 1)) - still))
+    y = int(rng.integers(8))
+    while y < side:
+        x, tallest = int(rng.integers(16)), 8
+        while x < side:
+            string = material.written(rng, split)
+            ink, font = _lettering(rng, split, string)
+            if x + ink.width <= side and y + ink.height <= side:
+                colour = _shade(rng, str(rng.choice(list(material.COLOURS))))
+                _put(canvas, ink, font, string, x, y, colour)
+                tallest = max(tallest, ink.height)
+            x += ink.width + int(rng.integers(4, 24))
+        y += tallest + int(rng.integers(1, 10))
+    return Scene(_finish(canvas.pixels, rng), (), canvas.labels)
 
 
 def clip(rng: np.random.Generator, split: str, side: int, *, frames: int, digits: int) -> Clip:

@@ -41,15 +41,18 @@ class Sight(nn.Module):
         """
         heard, self._heard = self._heard, None
         parts = self.head(heard.float()).split(self.sizes, dim=-1)
-        found: tuple[list, list] = [], []
-        right = count = 0
-        for logits, target in zip(parts, labels.unbind(-1), strict=True):
-            each = nn.functional.cross_entropy(logits, target, reduction="none")  # [visual tokens]
+        # Of as much weight: what a thing is, its colour, and characters, of which a picture has few.
+        losses, right, count = [], 0, 0
+        for logits, target in ((parts[0], labels[:, 0]), (parts[1], labels[:, 1]), self._characters(parts, labels)):
+            each = nn.functional.cross_entropy(logits, target, reduction="none")  # [visual tokens · slots]
             there = target > 0
-            found[0].append(each[there])
-            found[1].append(each[~there])
+            # As much weight on what is there as on all the rest, which is most of a picture.
+            losses.append(each[there].sum() / there.sum().clamp(min=1) + each[~there].mean())
             right = right + ((logits.argmax(-1) == target) & there).sum()
             count = count + there.sum()
-        # As much weight on what is there as on all the rest, which is most of a picture.
-        seen, rest = (torch.cat(values) for values in found)
-        return seen.sum() / count.clamp(min=1) + rest.mean(), right / count.clamp(min=1)
+        return torch.stack(losses).mean(), right / count.clamp(min=1)
+
+    @staticmethod
+    def _characters(parts, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """All slots as one: logits `[slots · visual tokens, characters]` and what is there."""
+        return torch.cat(parts[2:]), labels[:, 2:].T.flatten()

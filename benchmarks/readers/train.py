@@ -4,6 +4,9 @@ One seeded run from random weights to a checkpoint folder, with a progress bar a
 it goes on from its last saved state when the same command is given again. Difficulty rises with the share of
 the run done: the encoder first learns to name what it sees (see `sight.py`), then questions about few digits
 in small pictures are asked, and in the end everything at every size.
+
+`torchrun --nproc-per-node 2 benchmarks/readers/train.py ...` has two processes share the work: each draws its own
+batch, and all step along the mean of their gradients.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import argparse
 import copy
 import csv
 import json
+import os
 import sys
 import time
 from collections import defaultdict
@@ -21,13 +25,14 @@ import numpy as np
 import torch
 import transformers
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
+from torch import distributed, nn
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import illava  # noqa: E402
-from readers import architectures, batches, card, states, tasks  # noqa: E402
+from readers import architectures, attention, batches, card, states, tasks  # noqa: E402
 from readers.batches import Kind  # noqa: E402
 from readers.sight import Sight  # noqa: E402
 
@@ -40,8 +45,10 @@ KINDS = {
     Kind("several", 128, 4, 6): (0.0, 0.0, 0.05, 0.10),
     Kind("video", 96, 8, 12): (0.0, 0.10, 0.15, 0.15),
 }
-LOOKING = 0.15  # share of a run in which the encoder learns to see, the language model left out
-PARTS = (LOOKING, 0.25, 0.5)  # where the parts after the first begin
+LOOKING = 0.4  # share of a run in which the encoder learns to see, the language model left out
+AGAIN = 4  # thereafter one step in so many is such a one
+PARTS = (LOOKING, 0.5, 0.7)  # where the parts after the first begin
+OTHERS = 0.2  # learning rate of what is no matrix of a block or layer, as a share of theirs
 SIGHT = 0.3  # weight of what the encoder sees beside the answers, thereafter
 STATE = "state.safetensors"
 HELD_OUT = 10**9  # added to the seed of validation pictures
@@ -51,7 +58,7 @@ def settings(done: float) -> tuple[np.ndarray, float]:
     """Chances of each kind and ease of the pictures, when a share `done` of the run is behind."""
     part = sum(done >= start for start in PARTS)
     chances = np.array([row[part] for row in KINDS.values()])
-    ease = 0.0 if part == 0 else max(0.0, 0.7 * (1 - done / PARTS[1]))
+    ease = max(0.0, min(1.0, (PARTS[1] - done) / (PARTS[1] - LOOKING)))
     return chances / chances.sum(), ease
 
 
@@ -61,10 +68,17 @@ def rate(done: float, step: int, warmup: int = 100) -> float:
 
 
 class Steps(Dataset):
-    """The batch of every step of a run; each follows from the seed and its number alone."""
+    """The batch of every step of a run; each follows from the seed, its number and the process alone."""
 
-    def __init__(self, composer: batches.Composer, steps: int, size: float, seed: int) -> None:
+    def __init__(
+        self, composer: batches.Composer, steps: int, size: float, seed: int, process: int = 0
+    ) -> None:
         self.composer, self.steps, self.size, self.seed = composer, steps, size, seed
+        self.process = process
+
+    def looking(self, step: int) -> bool:
+        """Whether nothing is asked in a step, and the encoder alone learns."""
+        return step < LOOKING * self.steps or step % AGAIN == 0
 
     def __len__(self) -> int:
         return self.steps
@@ -74,8 +88,9 @@ class Steps(Dataset):
         rng = np.random.default_rng([self.seed, step])
         kind = list(KINDS)[rng.choice(len(KINDS), p=chances)]
         kind = Kind(kind.name, kind.side, kind.count, max(1, round(kind.items * self.size)))
-        if step < LOOKING * self.steps:
-            calm = 1 - step / (LOOKING * self.steps)
+        rng = np.random.default_rng([self.seed, step, self.process])  # of one kind, so that none waits long
+        if self.looking(step):
+            calm = max(0.0, 1 - 2 * step / (LOOKING * self.steps))
             return self.composer(batches.charts(rng, kind, "train", calm=calm))
         return self.composer(batches.sample(rng, kind, "train", ease=ease))
 
@@ -90,7 +105,7 @@ def optimizers(model: nn.Module, sight: nn.Module, highest: float) -> list[torch
     muon = torch.optim.Muon(
         matrices, lr=highest, weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw"
     )
-    return [muon, torch.optim.AdamW(others, lr=highest, betas=(0.9, 0.98), weight_decay=0.0)]
+    return [muon, torch.optim.AdamW(others, lr=OTHERS * highest, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
 @torch.no_grad()
@@ -117,6 +132,8 @@ def answers(model, batch, device, sight=None):
         sight: adds the loss of naming what the encoder sees.
     """
     on = batches.simple(batch, device)
+    if model.config.text_config._attn_implementation == attention.NAME:
+        on.inputs["attention_mask"] = attention.additive(on.inputs["attention_mask"])
     with torch.autocast(device.type, torch.bfloat16):
         hidden = model.model(**on.inputs, use_cache=False)[0]  # [B, L, width]
         logits = model.lm_head(hidden[on.rows, on.columns]).float()  # [n, vocabulary]
@@ -184,9 +201,12 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    process = share(device)
     model, processor = architectures.build(family, tasks.WORDS, seed=options.seed)
     if options.start_from:
         architectures.borrow(model, options.start_from)
+    if device.type == "cpu":
+        attention.use(model)
     average = copy.deepcopy(model).to(device)  # what is validated and saved
     model.to(device)
     if family == "qwen2_5_vl":  # one call for all windows instead of one each
@@ -198,36 +218,57 @@ def main() -> None:
     step, hours = restore(state / STATE, model, sight, parts, average)
     composer = batches.Composer(copy.deepcopy(average).to("meta"), processor)
     note(out, options, model, device)
+    course = Steps(composer, steps, options.size, options.seed, process)
     drawn = DataLoader(
-        Steps(composer, steps, options.size, options.seed),
+        course,
         batch_size=None, sampler=range(step, steps), num_workers=options.workers,
         prefetch_factor=4 if options.workers else None,
     )  # fmt: skip
     losses, began = [], time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
+    with Progress(*columns, disable=process > 0) as bar:
         shown = bar.add_task(family, total=steps, completed=step)
         for batch in drawn:
-            looking = step < LOOKING * steps
-            loss, right = (look if looking else answers)(model, batch, device, sight)
+            loss, right = (look if course.looking(step) else answers)(model, batch, device, sight)
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in parts:
+            average_gradients([*model.parameters(), *sight.parameters()])
+            clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer, factor in zip(parts, (1, OTHERS), strict=True):
                 for group in optimizer.param_groups:
-                    group["lr"] = options.learning_rate * rate(step / steps, step)
+                    group["lr"] = factor * options.learning_rate * rate(step / steps, step)
                 optimizer.step()
                 optimizer.zero_grad()
             move(average, model, step)
             step += 1
             losses.append((loss.detach(), right.float().mean().detach()))
-            if step % 50 == 0:
+            if step % 50 == 0 and not process:
                 loss, right = (float(torch.stack(x).mean()) for x in zip(*losses[-50:], strict=True))
                 bar.console.print(f"step {step}: loss {loss:.3f}, right {right:.3f}")
             bar.update(shown, completed=step)
-            if step % options.every == 0 or step == steps:
+            if (step % options.every == 0 or step == steps) and not process:
                 spent = hours + (time.monotonic() - began) / 3600
                 save(model, sight, average, processor, parts, step, spent, losses, state, out)
                 losses = []
+
+
+def share(device: torch.device) -> int:
+    """Join the other processes of `torchrun`, if there are any: the number of this one, 0 for one alone."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0
+    distributed.init_process_group("gloo" if device.type == "cpu" else "nccl")
+    if device.type == "cuda":
+        torch.cuda.set_device(distributed.get_rank())
+    return distributed.get_rank()
+
+
+def average_gradients(weights: list[nn.Parameter]) -> None:
+    """Put the mean of all processes' gradients in the place of each one's own."""
+    if not distributed.is_initialized():
+        return
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    flat = parameters_to_vector(gradients) / distributed.get_world_size()
+    distributed.all_reduce(flat)
+    vector_to_parameters(flat, gradients)
 
 
 def note(out: Path, options: argparse.Namespace, model: nn.Module, device: torch.device) -> None:

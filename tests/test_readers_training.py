@@ -1,0 +1,130 @@
+"""How the readers are trained: the attention, the order of lessons, and processes that share the work."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed, nn
+from torch.multiprocessing import spawn
+from torch.nn.functional import scaled_dot_product_attention
+
+from readers import architectures, attention, batches, material, scenes, tasks, train
+
+
+@pytest.mark.parametrize("groups", [6, 2])
+def test_attention_is_torchs_own(groups):
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, n, 9, 8, generator=draw) for n in (6, groups, groups))
+    seen = torch.rand(2, 1, 9, 9, generator=draw) < 0.6
+    seen.diagonal(dim1=2, dim2=3).fill_(True)
+    expected = scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
+    found, _ = attention.attend(None, query, key, value, attention.additive(seen))
+    torch.testing.assert_close(found, expected.transpose(1, 2))
+    plain, _ = attention.attend(None, query, key, value, scaling=0.1)
+    expected = scaled_dot_product_attention(query, key, value, scale=0.1, enable_gqa=True)
+    torch.testing.assert_close(plain, expected.transpose(1, 2))
+    with pytest.raises(ValueError, match="additive"):
+        attention.attend(None, query, key, value, seen)
+
+
+@pytest.mark.parametrize("family", architectures.FAMILIES)
+def test_a_loss_is_the_same_with_it(family):
+    model, processor = architectures.build(family, tasks.WORDS)
+    composer = batches.Composer(model, processor)
+    batch = composer(batches.sample(np.random.default_rng(0), batches.Kind("picture", 96, 1, 2), "train"))
+    other = copy.deepcopy(model)
+    attention.use(other)
+    losses = [train.answers(each, batch, torch.device("cpu"))[0] for each in (model, other)]
+    assert other.model.language_model.config._attn_implementation == attention.NAME
+    torch.testing.assert_close(*losses, atol=0.02, rtol=0.02)  # bfloat16
+
+
+def test_patches_that_lie_side_by_side_begin_alike():
+    waves = architectures._waves(144, 128)[0, 1:]  # [12 · 12, 128]
+    alike = torch.nn.functional.normalize(waves) @ waves.T  # [144, 144]
+    place = torch.arange(144)
+    apart = (place[:, None] // 12 - place // 12).abs() + (place[:, None] % 12 - place % 12).abs()
+    means = torch.stack([alike[apart == steps].mean() for steps in range(5)])
+    assert (means.diff() < 0).all()
+    assert len({tuple(row.tolist()) for row in waves}) == 144
+
+
+def test_a_page_is_labelled_as_it_is_written():
+    """The characters of a picture's units, read in lines from left to right, are whole strings of the split."""
+    found = 0
+    for seed in range(8):
+        page = scenes.page(np.random.default_rng(seed), "train", 96, calm=1.0)
+        assert page.pixels.shape == (96, 96, 3)
+        labels = page.labels[..., 2:]  # [6, 6, slots]
+        assert (page.labels[..., :2] == 0).all()
+        found += (labels > 0).sum()
+    assert found > 8 * 12  # several strings each
+    alone = scenes.Canvas(np.zeros((32, 32, 3), np.float32))
+    for x, character in ((1, "a"), (7, "b"), (15, "c"), (16, "d"), (31.9, "e")):
+        alone.note_character(x, 8, character)
+    slots = [[scenes.CHARACTERS[n - 1] if n else "" for n in unit] for unit in alone.labels[0, :, 2:]]
+    assert slots == [["a", "b", "c"], ["d", "", "e"]]
+    alone.note_character(2, 8, "z")  # its third is taken, and so are those after it: there is no room
+    assert alone.labels[0, 0, 2] == 1 + scenes.CHARACTERS.index("a")
+
+
+class Nothing:
+    """Takes items as they are in the place of a composer."""
+
+    def __call__(self, items):
+        return items
+
+
+def test_lessons_follow_from_seed_step_and_process():
+    course = train.Steps(Nothing(), 100, 0.2, seed=3)
+    assert [course.looking(step) for step in (0, 39, 40, 41, 42, 43, 44)] == [1, 1, 1, 0, 0, 0, 1]
+    for step in (5, 41):
+        first, again = course[step], train.Steps(Nothing(), 100, 0.2, seed=3)[step]
+        other = train.Steps(Nothing(), 100, 0.2, seed=3, process=1)[step]
+        shapes = [[picture.shape for item in items for picture in item.pictures] for items in (first, other)]
+        assert shapes[0] == shapes[1]  # processes draw batches of one kind
+        assert all(np.array_equal(a.pictures[0], b.pictures[0]) for a, b in zip(first, again, strict=True))
+        assert not np.array_equal(first[0].pictures[0], other[0].pictures[0])
+    assert course[5][0].questions[0].answer == "?"
+    assert course[41][0].questions[0].answer in {*material.NUMBERS, *material.COLOURS, *material.SHAPES} or (
+        course[41][0].questions[0].task == "text"
+    )
+
+
+def test_difficulty_rises():
+    eases = [train.settings(done)[1] for done in (0.4, 0.45, 0.5, 0.9)]
+    assert eases == pytest.approx([1, 0.5, 0, 0])
+    for done in (0, 0.4, 0.6, 0.9):
+        assert train.settings(done)[0].sum() == pytest.approx(1)
+
+
+def _work(process, meeting, results):
+    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=process, world_size=2)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model[1].bias.requires_grad_(False)  # has no gradient, as a decoder has none while an encoder looks
+    for number, weight in enumerate(p for p in model.parameters() if p.requires_grad):
+        weight.grad = torch.full_like(weight, 10.0 * number + process)
+    train.average_gradients(list(model.parameters()))
+    results.put((process, [None if p.grad is None else p.grad.unique().tolist() for p in model.parameters()]))
+    results.join()
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_step_along_the_mean_of_their_gradients(tmp_path):
+    results = torch.multiprocessing.get_context("spawn").JoinableQueue()
+    running = spawn(_work, (tmp_path / "meeting", results), nprocs=2, join=False)
+    found = dict(results.get(timeout=120) for _ in range(2))
+    for _ in range(2):
+        results.task_done()
+    while not running.join():  # is True once all have ended; raises what one of them raised
+        pass
+    assert found[0] == found[1] == [[0.5], [10.5], [20.5], None]
+
+
+def test_one_process_alone_keeps_its_gradients():
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([1.0, 2.0])
+    train.average_gradients([weight])
+    assert weight.grad.tolist() == [1.0, 2.0]
