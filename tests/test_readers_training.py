@@ -69,6 +69,23 @@ def test_a_page_is_labelled_as_it_is_written():
     assert alone.labels[0, 0, 2] == 1 + scenes.CHARACTERS.index("a")
 
 
+def test_writing_wider_than_its_cells_stays_in_the_picture():
+    drawn = 0
+    for seed in range(40):
+        canvas = scenes.Canvas(np.zeros((64, 64, 3), np.float32))
+        thing = scenes.Thing(scenes.WRITING, "wwmm", "white", 0, 0)  # wider than 64 pixels in some fonts
+        ink, _ = scenes._lettering(np.random.default_rng(seed), "train", "wwmm")
+        if ink.width <= 64:
+            scenes._write(canvas, np.random.default_rng(seed), "train", thing, 32)
+            right = scenes.Canvas(np.zeros((64, 64, 3), np.float32))
+            beyond = scenes.Thing(scenes.WRITING, "wwmm", "white", 0, 1)  # begins in the last cell
+            scenes._write(right, np.random.default_rng(seed), "train", beyond, 32)
+            assert canvas.pixels.any()
+            assert right.pixels.any()
+            drawn += 1
+    assert drawn > 5
+
+
 class Nothing:
     """Takes items as they are in the place of a composer."""
 

@@ -178,6 +178,7 @@ def _write(canvas: Canvas, rng, split, thing: Thing, cell: int) -> None:
     width, height = ink.size
     y = thing.row * cell + int(rng.integers(max(1, cell - height + 1)))
     x = thing.column * cell + int(rng.integers(max(1, 2 * cell - width + 1)))
+    x = min(x, len(canvas.pixels) - width)  # wide letters may be wider than two small cells
     _put(canvas, ink, font, thing.name, x, y, _shade(rng, thing.colour))
 
 

@@ -209,7 +209,7 @@ def main() -> None:
         attention.use(model)
     average = copy.deepcopy(model).to(device)  # what is validated and saved
     model.to(device)
-    if family == "qwen2_5_vl":  # one call for all windows instead of one each
+    if family == "qwen2_5_vl" and device.type == "cuda":  # one call for all windows instead of one each
         illava.patch(model, reduction=0, fast_windows=True)
     sight = Sight(model).to(device)
     parts = optimizers(model, sight, options.learning_rate)
