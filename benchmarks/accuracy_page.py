@@ -84,19 +84,24 @@ def notes(rows: Sequence[Row]) -> list[str]:
 def readme_block(rows: Sequence[Row]) -> str:
     """What stands between the README's markers, both included: the test split at equal final tokens.
 
-    The reductions in `SHOWN` are there to see, the others fold out.
+    The reductions in `SHOWN` of the first reader are there to see, the others and other readers fold out.
     """
     asked = [row for row in rows if row["split"] == "test" and row["budget"] == "tokens"]
     if not asked:
         return "\n".join([BEGIN, "Not measured yet.", END])
     unpatched = [row for row in asked if float(row["reduction"]) == 0]
-    first = [row for row in asked if row["reduction"] in SHOWN]
-    folded = [row for row in asked if row not in first and row not in unpatched]
+    readers = sorted({row["reader"] for row in asked})
+    first = [row for row in asked if row["reduction"] in SHOWN and row["reader"] == readers[0]]
     parts = [BEGIN, measured_with(asked), "", *weak(asked), markdown([*unpatched, *first])]
-    if folded:
-        removed = ", ".join(f"{float(share):.1%}" for share in sorted({row["reduction"] for row in folded}))
-        parts += [f"<details><summary>{removed} removed</summary>", "", markdown([*unpatched, *folded])]
-        parts += ["</details>", ""]
+    for reader in readers:
+        own = [row for row in asked if row["reader"] == reader]
+        folded = [row for row in own if row not in first and row not in unpatched]
+        if folded:
+            removed = ", ".join(
+                f"{float(share):.1%}" for share in sorted({row["reduction"] for row in folded})
+            )
+            parts += [f"<details><summary>{reader}, {removed} removed</summary>", ""]
+            parts += [markdown([*unpatched, *folded]), "</details>", ""]
     return "\n".join([*parts, *notes(asked), END])
 
 

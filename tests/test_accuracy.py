@@ -69,12 +69,12 @@ def test_the_readme_has_the_tables_of_the_csv():
     assert readme_block(rows) in (ROOT / "README.md").read_text(), "run accuracy.py --show --readme"
 
 
-def shares(budget, reduction):
+def shares(budget, reduction, reader="qwen2_5_vl"):
     """What each method keeps, with its interval, on the test split; methods that cannot are left out."""
     rows = accuracy.done(accuracy.RESULTS / "accuracy.csv").values()
     found = {}
     for row in rows:
-        if row["split"] == "test":
+        if row["split"] == "test" and row["reader"] == reader:
             found.setdefault((row["budget"], row["reduction"], row["method"]), {})[row["task"]] = row
     base = found["tokens", "0.0000", "unpatched"]
     kept_by = {
@@ -110,7 +110,7 @@ def test_what_the_readme_says_of_the_tables():
 def test_the_later_plan_is_the_cheapest_choice_of_layers_that_lost_nothing():
     """As rivals/ours.py says."""
     rows = accuracy.done(accuracy.RESULTS / "accuracy.csv").values()
-    own = {row["method"]: row for row in rows if row["split"] == "validation"}
+    own = {r["method"]: r for r in rows if r["split"] == "validation" and r["reader"] == "qwen2_5_vl"}
     whole = [m for m in GROUPS["layers"] if own[m]["right"] == own["unpatched"]["right"]]
     assert min(whole, key=lambda method: float(own[method]["area"])) == "encoder 3"
     assert "encoder 2, 4, 6" in whole

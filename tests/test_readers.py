@@ -9,7 +9,7 @@ import torch
 from accuracy_show import kept
 
 from illava.evaluate.statistics import wilson
-from readers import architectures, batches, card, material, scenes, tasks
+from readers import architectures, batches, canvas, card, material, scenes, tasks
 from readers.batches import Kind
 
 CHECKPOINTS = sorted(path.parent for path in Path(__file__).parent.parent.glob("checkpoints/*/training.csv"))
@@ -96,7 +96,7 @@ def test_labels_say_what_was_drawn_where():
         colours = scene.labels[rows[inside], columns[inside], 1]
         assert (colours == 1 + list(material.COLOURS).index(thing.colour)).all()
     written = scenes.picture(np.random.default_rng(4), "train", 192, digits=0, writing=True)
-    found = [scenes.CHARACTERS[n - 1] for n in written.labels[..., 2:].flatten() if n]
+    found = [canvas.CHARACTERS[n - 1] for n in written.labels[..., 2:].flatten() if n]
     assert "".join(found) == written.things[0].name  # left to right, slot by slot
 
 

@@ -9,7 +9,18 @@ from torch import distributed, nn
 from torch.multiprocessing import spawn
 from torch.nn.functional import scaled_dot_product_attention
 
-from readers import architectures, attention, batches, material, scenes, tasks, train
+from readers import (
+    architectures,
+    attention,
+    batches,
+    canvas,
+    initial,
+    lessons,
+    material,
+    scenes,
+    tasks,
+    train,
+)
 
 
 @pytest.mark.parametrize("groups", [6, 2])
@@ -41,7 +52,7 @@ def test_a_loss_is_the_same_with_it(family):
 
 
 def test_patches_that_lie_side_by_side_begin_alike():
-    waves = architectures._waves(144, 128)[0, 1:]  # [12 · 12, 128]
+    waves = initial._waves(144, 128)[0, 1:]  # [12 · 12, 128]
     alike = torch.nn.functional.normalize(waves) @ waves.T  # [144, 144]
     place = torch.arange(144)
     apart = (place[:, None] // 12 - place // 12).abs() + (place[:, None] % 12 - place % 12).abs()
@@ -51,7 +62,7 @@ def test_patches_that_lie_side_by_side_begin_alike():
 
 
 def test_a_page_is_labelled_as_it_is_written():
-    """The characters of a picture's units, read in lines from left to right, are whole strings of the split."""
+    """The thirds of a unit hold its characters from left to right."""
     found = 0
     for seed in range(8):
         page = scenes.page(np.random.default_rng(seed), "train", 96, calm=1.0)
@@ -60,27 +71,27 @@ def test_a_page_is_labelled_as_it_is_written():
         assert (page.labels[..., :2] == 0).all()
         found += (labels > 0).sum()
     assert found > 8 * 12  # several strings each
-    alone = scenes.Canvas(np.zeros((32, 32, 3), np.float32))
+    alone = canvas.Canvas(np.zeros((32, 32, 3), np.float32))
     for x, character in ((1, "a"), (7, "b"), (15, "c"), (16, "d"), (31.9, "e")):
         alone.note_character(x, 8, character)
-    slots = [[scenes.CHARACTERS[n - 1] if n else "" for n in unit] for unit in alone.labels[0, :, 2:]]
+    slots = [[canvas.CHARACTERS[n - 1] if n else "" for n in unit] for unit in alone.labels[0, :, 2:]]
     assert slots == [["a", "b", "c"], ["d", "", "e"]]
     alone.note_character(2, 8, "z")  # its third is taken, and so are those after it: there is no room
-    assert alone.labels[0, 0, 2] == 1 + scenes.CHARACTERS.index("a")
+    assert alone.labels[0, 0, 2] == 1 + canvas.CHARACTERS.index("a")
 
 
 def test_writing_wider_than_its_cells_stays_in_the_picture():
     drawn = 0
     for seed in range(40):
-        canvas = scenes.Canvas(np.zeros((64, 64, 3), np.float32))
+        left = canvas.Canvas(np.zeros((64, 64, 3), np.float32))
         thing = scenes.Thing(scenes.WRITING, "wwmm", "white", 0, 0)  # wider than 64 pixels in some fonts
-        ink, _ = scenes._lettering(np.random.default_rng(seed), "train", "wwmm")
+        ink, _ = canvas.lettering(np.random.default_rng(seed), "train", "wwmm")
         if ink.width <= 64:
-            scenes._write(canvas, np.random.default_rng(seed), "train", thing, 32)
-            right = scenes.Canvas(np.zeros((64, 64, 3), np.float32))
+            scenes._write(left, np.random.default_rng(seed), "train", thing, 32)
+            right = canvas.Canvas(np.zeros((64, 64, 3), np.float32))
             beyond = scenes.Thing(scenes.WRITING, "wwmm", "white", 0, 1)  # begins in the last cell
             scenes._write(right, np.random.default_rng(seed), "train", beyond, 32)
-            assert canvas.pixels.any()
+            assert left.pixels.any()
             assert right.pixels.any()
             drawn += 1
     assert drawn > 5
@@ -94,11 +105,11 @@ class Nothing:
 
 
 def test_lessons_follow_from_seed_step_and_process():
-    course = train.Steps(Nothing(), 100, 0.2, seed=3)
+    course = lessons.Lessons(Nothing(), 100, 0.2, seed=3)
     assert [course.looking(step) for step in (0, 39, 40, 41, 42, 43, 44)] == [1, 1, 1, 0, 0, 0, 1]
     for step in (5, 41):
-        first, again = course[step], train.Steps(Nothing(), 100, 0.2, seed=3)[step]
-        other = train.Steps(Nothing(), 100, 0.2, seed=3, process=1)[step]
+        first, again = course[step], lessons.Lessons(Nothing(), 100, 0.2, seed=3)[step]
+        other = lessons.Lessons(Nothing(), 100, 0.2, seed=3, process=1)[step]
         shapes = [[picture.shape for item in items for picture in item.pictures] for items in (first, other)]
         assert shapes[0] == shapes[1]  # processes draw batches of one kind
         assert all(np.array_equal(a.pictures[0], b.pictures[0]) for a, b in zip(first, again, strict=True))
@@ -110,10 +121,10 @@ def test_lessons_follow_from_seed_step_and_process():
 
 
 def test_difficulty_rises():
-    eases = [train.settings(done)[1] for done in (0.4, 0.45, 0.5, 0.9)]
+    eases = [lessons.settings(done)[1] for done in (0.4, 0.45, 0.5, 0.9)]
     assert eases == pytest.approx([1, 0.5, 0, 0])
     for done in (0, 0.4, 0.6, 0.9):
-        assert train.settings(done)[0].sum() == pytest.approx(1)
+        assert lessons.settings(done)[0].sum() == pytest.approx(1)
 
 
 def _work(process, meeting, results):

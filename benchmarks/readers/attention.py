@@ -21,10 +21,10 @@ def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None,
     scaling: float | None = None, cu_seq_lens_q: Tensor | None = None, **_,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention written out: queries `[B, heads, L, d]`, keys and values `[B, groups, S, d]` to `[B, L, heads, d]`.
+    """Attention written out: `[B, heads, L, d]` queries, `[B, groups, S, d]` keys to `[B, L, heads, d]`.
 
     Args:
-        cu_seq_lens_q: bounds of windows within which tokens attend, for a batch of one, as flash-attn has them.
+        cu_seq_lens_q: bounds of windows within which tokens attend, in a batch of one, as flash-attn's.
 
     Raises:
         ValueError: the mask is one of booleans, see `additive`.

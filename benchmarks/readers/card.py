@@ -19,6 +19,22 @@ TITLES = {"qwen2_5_vl": "Qwen2.5-VL", "internvl": "InternVL"}
 UNFINISHED = """
 **Its training is not finished**: some of the tasks below are still at chance, and say nothing about merging.
 """
+# What is worth knowing of a family's videos and pictures.
+VIDEO = {
+    "qwen2_5_vl": (
+        "; not on transformers\n4.57, which rounds the time between frames down to whole seconds, "
+        "so that these are all at once"
+    ),
+    "internvl": "",
+}
+PICTURES = {
+    "qwen2_5_vl": "",
+    "internvl": """
+**Pictures** are cut into tiles of 96 x 96 pixels, 36 tokens each: a square one of up to 135 pixels a side is
+brought to one tile, a larger one is four tiles and a thumbnail. So 128 pixels are shrunk, and the writing in
+them is smaller than in all others.
+""",
+}
 WEAK_BELOW = 0.8
 WEAK = """
 **What it has not learnt** (under {below:.0%} right, by pixels of a picture's side); what a method keeps of
@@ -29,7 +45,7 @@ these says little:
 CARD = """\
 # A small {title} that sees
 
-A genuine `{kind}` of {millions:.1f} M parameters, trained from random weights to answer simple questions
+A genuine `{kind}` of {millions:.1f} M parameters, trained from {began} to answer simple questions
 about drawn pictures, so that the accuracy of merging visual tokens can be measured without a download.
 
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -43,9 +59,8 @@ their size, knows some sixty words, and has seen nothing but these pictures.
 **Questions it answers** (one a prompt, lower case, after the picture):
 `which digit is red ?` · `what is left of the red digit ?` (`right of`, `above`, `below`) ·
 `how many red digits are there ?` (`digits`, `circles`, ...) · `what is written ?` ·
-`in which picture is the red digit ?` · `in which order did the digits appear ?` (a video; not on transformers
-4.57, which rounds the time between frames down to whole seconds, so that these are all at once).
-
+`in which picture is the red digit ?` · `in which order did the digits appear ?` (a video{video}).
+{pictures}
 **Data.** scikit-learn's handwritten digits, photographs of scikit-learn, scikit-image and matplotlib, and
 matplotlib's fonts, drawn by `benchmarks/readers/scenes.py`. Digits, photographs, fonts and strings of
 validation and test are not among those of training.
@@ -88,6 +103,12 @@ def weak_tasks(right: dict[str, float]) -> list[str]:
     ]
 
 
+def _began(source: str) -> str:
+    if source == "random weights":
+        return source
+    return f"random weights, its language model from that of\n`{source}`,"
+
+
 def write(folder: Path) -> None:
     """Write `README.md` and `training.svg` from a checkpoint's config, `training.json` and `training.csv`."""
     with (folder / "training.csv").open(newline="") as file:
@@ -107,6 +128,9 @@ def write(folder: Path) -> None:
         kind=config["architectures"][0],
         name=folder.name,
         state=state,
+        began=_began(noted["began from"]),
+        video=VIDEO[config["model_type"]],
+        pictures=PICTURES[config["model_type"]],
         millions=facts.pop("parameters") / 1e6,
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
         scores="\n".join(f"| {name} | {100 * float(last[name]):.1f} % |" for name in tasks),

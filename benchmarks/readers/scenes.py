@@ -6,20 +6,15 @@ real pictures. Things stand in the cells of a coarse grid, shifted a little: "le
 
 from __future__ import annotations
 
-import string
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 from readers import material
+from readers.canvas import LABELS, UNIT_PX, Canvas, background, draw_ink, finish, lettering, put, shade
 
 CELLS = {96: 2, 128: 3, 192: 4, 256: 5}  # cells a side of a picture of so many pixels
 WRITING = "writing"
-UNIT_PX = 16
-CHARACTERS = string.ascii_lowercase + string.digits
-SLOTS = 3
-LABELS = 2 + SLOTS
 
 
 @dataclass(frozen=True)
@@ -74,75 +69,6 @@ class Clip:
     labels: np.ndarray
 
 
-class Canvas:
-    """A picture in the making, and what stands in each of its units of 16 x 16 pixels.
-
-    Attributes:
-        pixels: `[side, side, 3]` float32.
-        labels: `[side / 16, side / 16, LABELS]` int: the number of what is seen there (0 nothing, then
-            digits, then shapes), of its colour (0 none), and up to `SLOTS` characters whose middle it holds
-            (0 none).
-    """
-
-    def __init__(self, pixels: np.ndarray) -> None:
-        units = len(pixels) // UNIT_PX
-        self.pixels = pixels
-        self.labels = np.zeros((units, units, LABELS), np.int64)
-        self._covered = np.full((units, units), 0.08)
-
-    def note(self, ink: np.ndarray, top: int, left: int, name: int, colour: int) -> None:
-        """Label the units that ink `[h, w]` covers more than other things do, and a little at least."""
-        side, units = len(self.pixels), len(self.labels)
-        whole = np.zeros((side, side), np.float32)
-        whole[top : top + len(ink), left : left + ink.shape[1]] = ink
-        # [units, 16, units, 16] -> [units, units]
-        cover = whole.reshape(units, UNIT_PX, units, UNIT_PX).mean((1, 3))
-        more = cover > self._covered
-        self._covered[more] = cover[more]
-        self.labels[more, :2] = name, colour
-
-    def note_character(self, x: float, y: float, character: str) -> None:
-        """Label the unit that holds a character's middle, in the slot of the third that holds it."""
-        last = UNIT_PX * len(self.labels) - 1
-        x, y = min(int(x), last), min(int(y), last)
-        slots = self.labels[y // UNIT_PX, x // UNIT_PX, 2:]
-        third = x % UNIT_PX * SLOTS // UNIT_PX
-        if (free := [i for i in range(third, SLOTS) if not slots[i]]):  # two narrow ones may share a third
-            slots[free[0]] = 1 + CHARACTERS.index(character)
-
-
-def background(rng: np.random.Generator, split: str, side: int) -> np.ndarray:
-    """A crop of a photograph, `[side, side, 3]` float32 in 0 to 255, mirrored and dimmed at random."""
-    photographs = material.photographs(split)
-    photograph = photographs[rng.integers(len(photographs))]
-    crop = int(rng.integers(96, min(photograph.size) // 2 + 97))
-    left = int(rng.integers(photograph.width - crop + 1))
-    top = int(rng.integers(photograph.height - crop + 1))
-    box = (left, top, left + crop, top + crop)
-    pixels = np.asarray(photograph.resize((side, side), Image.Resampling.BILINEAR, box=box), np.float32)
-    if rng.random() < 0.5:
-        pixels = pixels[:, ::-1]
-    return pixels * rng.uniform(0.5, 1.0) + rng.uniform(0, 40)
-
-
-def draw_ink(canvas: np.ndarray, ink: np.ndarray, top: int, left: int, colour: np.ndarray) -> None:
-    """Blend ink `[h, w]` in a colour into `canvas` in place, with a faint edge of the opposite brightness."""
-    height, width = ink.shape
-    part = canvas[top : top + height, left : left + width]
-    halo = np.zeros_like(ink)
-    halo[1:] = np.maximum(halo[1:], ink[:-1])
-    halo[:-1] = np.maximum(halo[:-1], ink[1:])
-    halo[:, 1:] = np.maximum(halo[:, 1:], ink[:, :-1])
-    halo[:, :-1] = np.maximum(halo[:, :-1], ink[:, 1:])
-    edge = 255.0 if colour @ (0.3, 0.6, 0.1) < 90 else 0.0
-    part += (0.6 * halo)[..., None] * (edge - part)
-    part += ink[..., None] * (colour - part)
-
-
-def _shade(rng: np.random.Generator, colour: str) -> np.ndarray:
-    return np.clip(np.array(material.COLOURS[colour]) + rng.normal(0, 10, 3), 0, 255)
-
-
 def _draw(canvas: Canvas, rng, split, thing: Thing, cell: int) -> None:
     if thing.kind == WRITING:
         _write(canvas, rng, split, thing, cell)
@@ -158,41 +84,18 @@ def _draw(canvas: Canvas, rng, split, thing: Thing, cell: int) -> None:
         ink = material.shape_ink(thing.kind, size)
     top = thing.row * cell + int(rng.integers(cell - size + 1))
     left = thing.column * cell + int(rng.integers(cell - size + 1))
-    draw_ink(canvas.pixels, ink, top, left, _shade(rng, thing.colour))
+    draw_ink(canvas.pixels, ink, top, left, shade(rng, thing.colour))
     canvas.note(ink, top, left, 1 + number, 1 + list(material.COLOURS).index(thing.colour))
-
-
-def _lettering(rng: np.random.Generator, split: str, string: str) -> tuple[Image.Image, object]:
-    """A string's ink, of 13 to 18 pixels whatever the size of the picture, and its font."""
-    names = material.font_names(split)
-    font = material.font(names[rng.integers(len(names))], int(rng.integers(13, 19)))
-    left, top, right, bottom = font.getbbox(string)
-    ink = Image.new("L", (right - left + 2, bottom - top + 2))
-    ImageDraw.Draw(ink).text((1 - left, 1 - top), string, font=font, fill=255)
-    return ink, font
 
 
 def _write(canvas: Canvas, rng, split, thing: Thing, cell: int) -> None:
     """Writing within two cells side by side."""
-    ink, font = _lettering(rng, split, thing.name)
+    ink, font = lettering(rng, split, thing.name)
     width, height = ink.size
     y = thing.row * cell + int(rng.integers(max(1, cell - height + 1)))
     x = thing.column * cell + int(rng.integers(max(1, 2 * cell - width + 1)))
     x = min(x, len(canvas.pixels) - width)  # wide letters may be wider than two small cells
-    _put(canvas, ink, font, thing.name, x, y, _shade(rng, thing.colour))
-
-
-def _put(canvas: Canvas, ink: Image.Image, font, string: str, x: int, y: int, colour: np.ndarray) -> None:
-    """Draw written ink with its corner at x and y, and label its characters."""
-    draw_ink(canvas.pixels, np.asarray(ink, np.float32) / 255, y, x, colour)
-    for i, character in enumerate(string):
-        ahead, reached = (font.getlength(string[:n]) for n in (i, i + 1))
-        canvas.note_character(x + (ahead + reached) / 2, y + ink.height / 2, character)
-
-
-def _finish(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    noise = rng.normal(0, 4, canvas.shape).astype(np.float32)
-    return np.clip(canvas + noise, 0, 255).astype(np.uint8)
+    put(canvas, ink, font, thing.name, x, y, shade(rng, thing.colour))
 
 
 def _colours(rng: np.random.Generator, count: int) -> list[str]:
@@ -234,7 +137,7 @@ def picture(
     canvas = Canvas(background(rng, split, side))
     for thing in things:
         _draw(canvas, rng, split, thing, cell)
-    return Scene(_finish(canvas.pixels, rng), tuple(things), canvas.labels)
+    return Scene(finish(canvas.pixels, rng), tuple(things), canvas.labels)
 
 
 def chart(rng: np.random.Generator, split: str, side: int, *, calm: float) -> Scene:
@@ -259,7 +162,7 @@ def chart(rng: np.random.Generator, split: str, side: int, *, calm: float) -> Sc
             _draw(canvas, rng, split, thing, cell)
             things.append(thing)
             column += 1
-    return Scene(_finish(canvas.pixels, rng), tuple(things), canvas.labels)
+    return Scene(finish(canvas.pixels, rng), tuple(things), canvas.labels)
 
 
 def page(rng: np.random.Generator, split: str, side: int, *, calm: float) -> Scene:
@@ -271,14 +174,14 @@ def page(rng: np.random.Generator, split: str, side: int, *, calm: float) -> Sce
         x, tallest = int(rng.integers(16)), 8
         while x < side:
             string = material.written(rng, split)
-            ink, font = _lettering(rng, split, string)
+            ink, font = lettering(rng, split, string)
             if x + ink.width <= side and y + ink.height <= side:
-                colour = _shade(rng, str(rng.choice(list(material.COLOURS))))
-                _put(canvas, ink, font, string, x, y, colour)
+                colour = shade(rng, str(rng.choice(list(material.COLOURS))))
+                put(canvas, ink, font, string, x, y, colour)
                 tallest = max(tallest, ink.height)
             x += ink.width + int(rng.integers(4, 24))
         y += tallest + int(rng.integers(1, 10))
-    return Scene(_finish(canvas.pixels, rng), (), canvas.labels)
+    return Scene(finish(canvas.pixels, rng), (), canvas.labels)
 
 
 def clip(rng: np.random.Generator, split: str, side: int, *, frames: int, digits: int) -> Clip:
@@ -308,5 +211,5 @@ def clip(rng: np.random.Generator, split: str, side: int, *, frames: int, digits
             video[frame][changed] = drawn.pixels[changed]
             labels[frame][seen] = drawn.labels[seen]
         things.append(thing)
-    pixels = np.stack([_finish(frame, rng) for frame in video])
+    pixels = np.stack([finish(frame, rng) for frame in video])
     return Clip(pixels, tuple(things), labels)

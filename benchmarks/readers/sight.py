@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from readers import material, scenes
+from readers import canvas, material
 
 NAMES = 1 + len(material.NUMBERS) + len(material.SHAPES)
 COLOURS = 1 + len(material.COLOURS)
-CHARACTERS = 1 + len(scenes.CHARACTERS)
+CHARACTERS = 1 + len(canvas.CHARACTERS)
 
 
 class Sight(nn.Module):
@@ -22,7 +22,7 @@ class Sight(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.sizes = [NAMES, COLOURS, *[CHARACTERS] * scenes.SLOTS]
+        self.sizes = [NAMES, COLOURS, *[CHARACTERS] * canvas.SLOTS]
         self.head = nn.Linear(model.config.text_config.hidden_size, sum(self.sizes))
         core = model.model
         source = core.visual if hasattr(core, "visual") else core.multi_modal_projector
@@ -43,7 +43,10 @@ class Sight(nn.Module):
         parts = self.head(heard.float()).split(self.sizes, dim=-1)
         # Of as much weight: what a thing is, its colour, and characters, of which a picture has few.
         losses, right, count = [], 0, 0
-        for logits, target in ((parts[0], labels[:, 0]), (parts[1], labels[:, 1]), self._characters(parts, labels)):
+        things, colours, characters = labels[:, 0], labels[:, 1], labels[:, 2:].T.flatten()
+        # Logits of all slots as one: [slots · visual tokens, characters].
+        named = ((parts[0], things), (parts[1], colours), (torch.cat(parts[2:]), characters))
+        for logits, target in named:
             each = nn.functional.cross_entropy(logits, target, reduction="none")  # [visual tokens · slots]
             there = target > 0
             # As much weight on what is there as on all the rest, which is most of a picture.
@@ -51,8 +54,3 @@ class Sight(nn.Module):
             right = right + ((logits.argmax(-1) == target) & there).sum()
             count = count + there.sum()
         return torch.stack(losses).mean(), right / count.clamp(min=1)
-
-    @staticmethod
-    def _characters(parts, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """All slots as one: logits `[slots · visual tokens, characters]` and what is there."""
-        return torch.cat(parts[2:]), labels[:, 2:].T.flatten()

@@ -5,8 +5,8 @@ it goes on from its last saved state when the same command is given again. Diffi
 the run done: the encoder first learns to name what it sees (see `sight.py`), then questions about few digits
 in small pictures are asked, and in the end everything at every size.
 
-`torchrun --nproc-per-node 2 benchmarks/readers/train.py ...` has two processes share the work: each draws its own
-batch, and all step along the mean of their gradients.
+`torchrun --nproc-per-node 2 benchmarks/readers/train.py ...` has two processes share the work: each draws a
+batch of its own, and all step along the mean of their gradients.
 """
 
 from __future__ import annotations
@@ -27,72 +27,24 @@ import transformers
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import distributed, nn
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import illava  # noqa: E402
 from readers import architectures, attention, batches, card, states, tasks  # noqa: E402
-from readers.batches import Kind  # noqa: E402
+from readers.lessons import KINDS, Lessons  # noqa: E402
 from readers.sight import Sight  # noqa: E402
 
-# Kinds of batches, and how often each is drawn in each part of a run.
-KINDS = {
-    Kind("picture", 96, 1, 32): (0.60, 0.40, 0.20, 0.10),
-    Kind("picture", 128, 1, 24): (0.25, 0.25, 0.25, 0.20),
-    Kind("picture", 192, 1, 12): (0.15, 0.15, 0.25, 0.40),
-    Kind("several", 96, 3, 12): (0.0, 0.10, 0.10, 0.05),
-    Kind("several", 128, 4, 6): (0.0, 0.0, 0.05, 0.10),
-    Kind("video", 96, 8, 12): (0.0, 0.10, 0.15, 0.15),
-}
-LOOKING = 0.4  # share of a run in which the encoder learns to see, the language model left out
-AGAIN = 4  # thereafter one step in so many is such a one
-PARTS = (LOOKING, 0.5, 0.7)  # where the parts after the first begin
 OTHERS = 0.2  # learning rate of what is no matrix of a block or layer, as a share of theirs
 SIGHT = 0.3  # weight of what the encoder sees beside the answers, thereafter
 STATE = "state.safetensors"
 HELD_OUT = 10**9  # added to the seed of validation pictures
 
 
-def settings(done: float) -> tuple[np.ndarray, float]:
-    """Chances of each kind and ease of the pictures, when a share `done` of the run is behind."""
-    part = sum(done >= start for start in PARTS)
-    chances = np.array([row[part] for row in KINDS.values()])
-    ease = max(0.0, min(1.0, (PARTS[1] - done) / (PARTS[1] - LOOKING)))
-    return chances / chances.sum(), ease
-
-
 def rate(done: float, step: int, warmup: int = 100) -> float:
     """The share of the highest learning rate: a short rise, then level, then down over the last 30 %."""
     return min(1.0, (step + 1) / warmup, max(0.0, (1 - done) / 0.3) + 0.01)
-
-
-class Steps(Dataset):
-    """The batch of every step of a run; each follows from the seed, its number and the process alone."""
-
-    def __init__(
-        self, composer: batches.Composer, steps: int, size: float, seed: int, process: int = 0
-    ) -> None:
-        self.composer, self.steps, self.size, self.seed = composer, steps, size, seed
-        self.process = process
-
-    def looking(self, step: int) -> bool:
-        """Whether nothing is asked in a step, and the encoder alone learns."""
-        return step < LOOKING * self.steps or step % AGAIN == 0
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, step: int) -> batches.Batch:
-        chances, ease = settings(step / self.steps)
-        rng = np.random.default_rng([self.seed, step])
-        kind = list(KINDS)[rng.choice(len(KINDS), p=chances)]
-        kind = Kind(kind.name, kind.side, kind.count, max(1, round(kind.items * self.size)))
-        rng = np.random.default_rng([self.seed, step, self.process])  # of one kind, so that none waits long
-        if self.looking(step):
-            calm = max(0.0, 1 - 2 * step / (LOOKING * self.steps))
-            return self.composer(batches.charts(rng, kind, "train", calm=calm))
-        return self.composer(batches.sample(rng, kind, "train", ease=ease))
 
 
 def optimizers(model: nn.Module, sight: nn.Module, highest: float) -> list[torch.optim.Optimizer]:
@@ -218,7 +170,7 @@ def main() -> None:
     step, hours = restore(state / STATE, model, sight, parts, average)
     composer = batches.Composer(copy.deepcopy(average).to("meta"), processor)
     note(out, options, model, device)
-    course = Steps(composer, steps, options.size, options.seed, process)
+    course = Lessons(composer, steps, options.size, options.seed, process)
     drawn = DataLoader(
         course,
         batch_size=None, sampler=range(step, steps), num_workers=options.workers,
@@ -279,6 +231,7 @@ def note(out: Path, options: argparse.Namespace, model: nn.Module, device: torch
         "seed": options.seed, "steps asked for": options.steps, "factor on batches": options.size,
         "highest learning rate": options.learning_rate,
         "began from": str(options.start_from or "random weights"),
+        "processes": distributed.get_world_size() if distributed.is_initialized() else 1,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {threads} threads",
         "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip

@@ -1,0 +1,109 @@
+"""What the readers' pictures are drawn on: a photograph, ink upon it, and labels of what stands where."""
+
+from __future__ import annotations
+
+import string
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from readers import material
+
+UNIT_PX = 16
+CHARACTERS = string.ascii_lowercase + string.digits
+SLOTS = 3
+LABELS = 2 + SLOTS
+
+
+class Canvas:
+    """A picture in the making, and what stands in each of its units of 16 x 16 pixels.
+
+    Attributes:
+        pixels: `[side, side, 3]` float32.
+        labels: `[side / 16, side / 16, LABELS]` int: the number of what is seen there (0 nothing, then
+            digits, then shapes), of its colour (0 none), and up to `SLOTS` characters whose middle it holds
+            (0 none).
+    """
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        units = len(pixels) // UNIT_PX
+        self.pixels = pixels
+        self.labels = np.zeros((units, units, LABELS), np.int64)
+        self._covered = np.full((units, units), 0.08)
+
+    def note(self, ink: np.ndarray, top: int, left: int, name: int, colour: int) -> None:
+        """Label the units that ink `[h, w]` covers more than other things do, and a little at least."""
+        side, units = len(self.pixels), len(self.labels)
+        whole = np.zeros((side, side), np.float32)
+        whole[top : top + len(ink), left : left + ink.shape[1]] = ink
+        # [units, 16, units, 16] -> [units, units]
+        cover = whole.reshape(units, UNIT_PX, units, UNIT_PX).mean((1, 3))
+        more = cover > self._covered
+        self._covered[more] = cover[more]
+        self.labels[more, :2] = name, colour
+
+    def note_character(self, x: float, y: float, character: str) -> None:
+        """Label the unit that holds a character's middle, in the slot of the third that holds it."""
+        last = UNIT_PX * len(self.labels) - 1
+        x, y = min(int(x), last), min(int(y), last)
+        slots = self.labels[y // UNIT_PX, x // UNIT_PX, 2:]
+        third = x % UNIT_PX * SLOTS // UNIT_PX
+        if free := [i for i in range(third, SLOTS) if not slots[i]]:  # two narrow ones may share a third
+            slots[free[0]] = 1 + CHARACTERS.index(character)
+
+
+def background(rng: np.random.Generator, split: str, side: int) -> np.ndarray:
+    """A crop of a photograph, `[side, side, 3]` float32 in 0 to 255, mirrored and dimmed at random."""
+    photographs = material.photographs(split)
+    photograph = photographs[rng.integers(len(photographs))]
+    crop = int(rng.integers(96, min(photograph.size) // 2 + 97))
+    left = int(rng.integers(photograph.width - crop + 1))
+    top = int(rng.integers(photograph.height - crop + 1))
+    box = (left, top, left + crop, top + crop)
+    pixels = np.asarray(photograph.resize((side, side), Image.Resampling.BILINEAR, box=box), np.float32)
+    if rng.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    return pixels * rng.uniform(0.5, 1.0) + rng.uniform(0, 40)
+
+
+def draw_ink(canvas: np.ndarray, ink: np.ndarray, top: int, left: int, colour: np.ndarray) -> None:
+    """Blend ink `[h, w]` in a colour into `canvas` in place, with a faint edge of the opposite brightness."""
+    height, width = ink.shape
+    part = canvas[top : top + height, left : left + width]
+    halo = np.zeros_like(ink)
+    halo[1:] = np.maximum(halo[1:], ink[:-1])
+    halo[:-1] = np.maximum(halo[:-1], ink[1:])
+    halo[:, 1:] = np.maximum(halo[:, 1:], ink[:, :-1])
+    halo[:, :-1] = np.maximum(halo[:, :-1], ink[:, 1:])
+    edge = 255.0 if colour @ (0.3, 0.6, 0.1) < 90 else 0.0
+    part += (0.6 * halo)[..., None] * (edge - part)
+    part += ink[..., None] * (colour - part)
+
+
+def shade(rng: np.random.Generator, colour: str) -> np.ndarray:
+    """A colour, `[3]`, as it comes out this time."""
+    return np.clip(np.array(material.COLOURS[colour]) + rng.normal(0, 10, 3), 0, 255)
+
+
+def lettering(rng: np.random.Generator, split: str, string: str) -> tuple[Image.Image, object]:
+    """A string's ink, of 13 to 18 pixels whatever the size of the picture, and its font."""
+    names = material.font_names(split)
+    font = material.font(names[rng.integers(len(names))], int(rng.integers(13, 19)))
+    left, top, right, bottom = font.getbbox(string)
+    ink = Image.new("L", (right - left + 2, bottom - top + 2))
+    ImageDraw.Draw(ink).text((1 - left, 1 - top), string, font=font, fill=255)
+    return ink, font
+
+
+def put(canvas: Canvas, ink: Image.Image, font, string: str, x: int, y: int, colour: np.ndarray) -> None:
+    """Draw written ink with its corner at x and y, and label its characters."""
+    draw_ink(canvas.pixels, np.asarray(ink, np.float32) / 255, y, x, colour)
+    for i, character in enumerate(string):
+        ahead, reached = (font.getlength(string[:n]) for n in (i, i + 1))
+        canvas.note_character(x + (ahead + reached) / 2, y + ink.height / 2, character)
+
+
+def finish(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The picture, uint8, with the noise of a camera."""
+    noise = rng.normal(0, 4, canvas.shape).astype(np.float32)
+    return np.clip(canvas + noise, 0, 255).astype(np.uint8)
