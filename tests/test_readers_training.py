@@ -80,6 +80,29 @@ def test_a_page_is_labelled_as_it_is_written():
     assert alone.labels[0, 0, 2] == 1 + canvas.CHARACTERS.index("a")
 
 
+@pytest.mark.parametrize(("side", "most"), [(96, 2), (128, 3), (192, 8)])
+def test_signs_ask_for_each_colour_that_is_written_in_once(side, most):
+    for seed in range(6):
+        scene = scenes.signs(np.random.default_rng(seed), "train", side)
+        assert 2 <= len(scene.things) <= most
+        cells = [{(t.row, t.column), (t.row, t.column + 1)} for t in scene.things]
+        assert len(set.union(*cells)) == 2 * len(cells)  # no two overlap
+        questions = tasks.writing_questions(scene)
+        assert len(questions) >= min(len(scene.things), 6)
+        for question in questions:
+            colour = question.text.split()[-2]
+            assert [t.name for t in scene.things if t.colour == colour] == [question.answer]
+            assert question.task == ""
+
+
+def test_signs_are_taught_last_and_not_tested():
+    signs = [row for kind, row in lessons.KINDS.items() if kind.name == "signs"]
+    assert signs
+    assert all(row[:3] == (0, 0, 0) and row[3] > 0 for row in signs)
+    item = tasks.held_out_item("text", "test", 0)
+    assert item.questions[0].text == "what is written ?"
+
+
 def test_writing_wider_than_its_cells_stays_in_the_picture():
     drawn = 0
     for seed in range(40):

@@ -24,7 +24,7 @@ class Kind:
     """What a batch is made of.
 
     Attributes:
-        name: "picture", "several" or "video".
+        name: "picture", "several", "video" or, for training, "signs".
         side: pixels of a side.
         count: pictures, or frames of the video.
         items: items in a batch.
@@ -207,6 +207,9 @@ def sample(
             shown = tasks.several_scenes(rng, split, kind.side, kind.count)
             pixels, labels = zip(*((scene.pixels, scene.labels) for scene in shown), strict=True)
             item = Item(pixels, None, tuple(tasks.several_questions(shown)), labels)
+        elif kind.name == "signs":
+            scene = scenes.signs(rng, split, kind.side)
+            item = Item((scene.pixels,), None, tuple(tasks.writing_questions(scene)), (scene.labels,))
         else:
             scene = tasks.picture_scene(rng, split, kind.side, ease=ease)
             item = Item((scene.pixels,), None, tuple(tasks.picture_questions(scene)), (scene.labels,))

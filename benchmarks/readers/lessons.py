@@ -16,6 +16,8 @@ KINDS = {
     Kind("several", 96, 3, 12): (0.0, 0.10, 0.15, 0.10),
     Kind("several", 128, 4, 6): (0.0, 0.0, 0.10, 0.20),
     Kind("video", 96, 8, 12): (0.0, 0.10, 0.15, 0.15),
+    Kind("signs", 96, 1, 24): (0.0, 0.0, 0.0, 0.12),
+    Kind("signs", 192, 1, 12): (0.0, 0.0, 0.0, 0.18),
 }
 LOOKING = 0.4  # share of a run in which the encoder learns to see, the language model left out
 AGAIN = 4  # thereafter one step in so many is such a one

@@ -140,6 +140,24 @@ def picture(
     return Scene(finish(canvas.pixels, rng), tuple(things), canvas.labels)
 
 
+def signs(rng: np.random.Generator, split: str, side: int) -> Scene:
+    """A picture with writing in each row of cells and wherever two cells side by side are left, for training.
+
+    No two have the same colour, as long as there are colours.
+    """
+    cells = CELLS[side]
+    canvas = Canvas(background(rng, split, side))
+    colours = [str(colour) for colour in rng.permutation(list(material.COLOURS))]
+    things = []
+    for row in range(cells):
+        for column in range(int(rng.integers(cells % 2 + 1)), cells - 1, 2):
+            colour = colours[len(things) % len(colours)]
+            things.append(Thing(WRITING, material.written(rng, split), colour, row, column))
+    for thing in things:
+        _draw(canvas, rng, split, thing, side // cells)
+    return Scene(finish(canvas.pixels, rng), tuple(things), canvas.labels)
+
+
 def chart(rng: np.random.Generator, split: str, side: int, *, calm: float) -> Scene:
     """A picture crowded with digits, shapes and writing, from which an encoder learns to see.
 

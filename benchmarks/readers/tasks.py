@@ -160,6 +160,14 @@ def picture_scene(rng: np.random.Generator, split: str, side: int, *, ease: floa
     return scenes.picture(rng, split, side, digits=digits, shapes=shapes, writing=writing)
 
 
+def writing_questions(scene: Scene) -> list[Question]:
+    """For training: what is written in each colour, where that colour's writing is one."""
+    return [
+        Question("", f"what is written in {thing.colour} ?", thing.name)
+        for thing in _alone(scene.of_kind(scenes.WRITING), "colour")
+    ]
+
+
 def several_scenes(rng: np.random.Generator, split: str, side: int, count: int) -> list[Scene]:
     """Pictures for the fifth task: few digits each, so that most are in one picture only."""
     return [

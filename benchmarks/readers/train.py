@@ -104,7 +104,7 @@ def validate(model, processor, *, items: int) -> dict[str, float]:
     which is when greedy decoding gives the whole answer.
     """
     composer, device, found = batches.Composer(model, processor), model.device, defaultdict(list)
-    for number, kind in enumerate(KINDS):
+    for number, kind in enumerate(kind for kind in KINDS if kind.name != "signs"):  # only taught
         for part in range(max(1, items // kind.items)):
             rng = np.random.default_rng([HELD_OUT, number, part])
             batch = composer(batches.sample(rng, kind, "validation"))
