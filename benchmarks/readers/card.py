@@ -13,6 +13,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+matplotlib.rcParams["svg.hashsalt"] = "illava"  # names in the file follow from the curves alone
 import matplotlib.pyplot as plt
 
 TITLES = {"qwen2_5_vl": "Qwen2.5-VL", "internvl": "InternVL"}
@@ -106,7 +107,7 @@ def weak_tasks(right: dict[str, float]) -> list[str]:
 def _began(source: str) -> str:
     if source == "random weights":
         return source
-    return f"random weights, its language model from that of\n`{source}`,"
+    return f"random weights, its language\nmodel from that of `{source}`,"
 
 
 def write(folder: Path) -> None:
