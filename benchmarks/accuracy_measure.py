@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from rivals import RIVALS, Rival, area, match_compute
 UNIT_PX = architectures.UNIT
 PER_PASS = {"several": 8, "video": 8}  # items of one batch; others 16
 BUDGETS = ("tokens", "compute")
+NEAR = 1.25  # a picture counts as shrunk if its tokens, which come in rows and columns, are as near as this
 
 
 @dataclass(frozen=True)
@@ -113,12 +114,18 @@ def ready(reader: Reader, cell: Cell, item: Item, plans: dict[str, Callable[...,
         final_ratio = match.final_ratio
     if cell.method in ("illava", "unpatched") or cell.budget == "tokens":
         final_ratio = 1.0 if cell.method == "unpatched" else 1 - cell.reduction
-    return Method(
+    made = Method(
         patch=lambda: rival.patch(reader.model, final_ratio=final_ratio),
         prepare=lambda x: rival.prepare([x], final_ratio=final_ratio, unit=UNIT_PX)[0],
         final_ratio=final_ratio,
         area=area(reader.model, rival, visual_tokens=tokens, final_ratio=final_ratio),
     )
+    if rival.resize is None:
+        return made
+    shown = reader.visual_tokens(prepared(item, made)) / tokens
+    if shown > NEAR * final_ratio:
+        return f"its picture still has {shown:.0%} of the tokens, as whole tiles do; asked {final_ratio:.1%}"
+    return replace(made, final_ratio=shown, area=shown)
 
 
 def prepared(item: Item, method: Method) -> Item:

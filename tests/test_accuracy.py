@@ -7,7 +7,7 @@ import accuracy
 import pytest
 import torch
 from accuracy_ablations import GROUPS, PLANS
-from accuracy_measure import Cell, load, measure, pack, ready, unpack
+from accuracy_measure import Cell, load, measure, pack, prepared, ready, unpack
 from accuracy_page import TITLES, notes, page, readme_block, weak
 from accuracy_show import kept
 
@@ -148,6 +148,31 @@ def test_what_cannot_be_stands_once_for_each_reason():
     rows = [row_of(method="FastV", note=f"{said}; asked {asked}") for asked in ("60%", "51%", "60%")]
     rows += [row_of(method="FastV", note="needs text"), row_of(method="AIM", note=said), row_of()]
     assert notes(rows) == [f"- AIM: {said}", f"- FastV: {said}; asked 51%, 60%", "- FastV: needs text"]
+
+
+@pytest.mark.parametrize(
+    ("reader", "task", "reduction", "shown"),
+    [
+        ("qwen2_5_vl", "find", 7 / 9, 30 / 144),  # 6 x 5 units of 12 x 12
+        ("internvl", "find", 7 / 9, 0.2),  # one tile of four and a thumbnail
+        ("internvl", "find", 8 / 9, None),  # no fewer than that
+        ("internvl", "several", 7 / 9, None),  # each is a tile already
+        ("internvl", "video", 0.9, None),
+    ],
+)
+def test_a_smaller_picture_counts_the_tokens_it_really_has(readers, reader, task, reduction, shown):
+    item = tasks.held_out_item(task, "test", 0)
+    method = ready(
+        readers[reader], Cell(reader, "smaller picture", reduction, "tokens", task, "test"), item, PLANS
+    )
+    if shown is None:
+        assert "tiles" in method
+        return
+    assert method.final_ratio == method.area == pytest.approx(shown, abs=1e-4)
+    seen = readers[reader].composer.prompt(prepared(item, method), "?")["input_ids"]
+    whole = readers[reader].composer.prompt(item, "?")["input_ids"]
+    holder = readers[reader].model.config.image_token_id
+    assert (seen == holder).sum() / (whole == holder).sum() == pytest.approx(shown, abs=1e-4)
 
 
 def test_packing_and_going_on(tmp_path):
