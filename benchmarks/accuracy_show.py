@@ -128,7 +128,7 @@ def plots(rows: Sequence[Row], stem: Path) -> None:
         matched = "compute" if budget == "compute" else "final tokens"
         axes.set(xlabel="visual tokens removed, %", ylabel="accuracy kept, % of unpatched, picture tasks")
         axes.set_title(f"{reader}, {split} split, the same {matched}")
-        axes.legend(fontsize="small", ncols=2)
+        figure.legend(fontsize="small", loc="outside right upper")
         for kind in ("svg", "png"):
             figure.savefig(stem.with_name(f"{stem.name}_{reader}_{split}_{budget}.{kind}"), dpi=120)
         plt.close(figure)
