@@ -13,8 +13,9 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-matplotlib.rcParams["svg.hashsalt"] = "illava"  # names in the file follow from the curves alone
 import matplotlib.pyplot as plt
+
+matplotlib.rcParams["svg.hashsalt"] = "illava"  # names in the file follow from the curves alone
 
 TITLES = {"qwen2_5_vl": "Qwen2.5-VL", "internvl": "InternVL"}
 UNFINISHED = """
