@@ -16,7 +16,6 @@ from readers import (
     canvas,
     initial,
     lessons,
-    material,
     scenes,
     tasks,
     train,
@@ -104,20 +103,17 @@ def test_signs_are_taught_last_and_not_tested():
 
 
 def test_writing_wider_than_its_cells_stays_in_the_picture():
-    drawn = 0
-    for seed in range(40):
-        left = canvas.Canvas(np.zeros((64, 64, 3), np.float32))
-        thing = scenes.Thing(scenes.WRITING, "wwmm", "white", 0, 0)  # wider than 64 pixels in some fonts
-        ink, _ = canvas.lettering(np.random.default_rng(seed), "train", "wwmm")
-        if ink.width <= 64:
-            scenes._write(left, np.random.default_rng(seed), "train", thing, 32)
-            right = canvas.Canvas(np.zeros((64, 64, 3), np.float32))
-            beyond = scenes.Thing(scenes.WRITING, "wwmm", "white", 0, 1)  # begins in the last cell
-            scenes._write(right, np.random.default_rng(seed), "train", beyond, 32)
-            assert left.pixels.any()
-            assert right.pixels.any()
-            drawn += 1
-    assert drawn > 5
+    """It begins in the last of two small cells, and needs both."""
+    wide = scenes.Thing(scenes.WRITING, "wwmm", "white", 0, 1)
+    for seed in range(20):
+        drawn = canvas.Canvas(np.zeros((64, 64, 3), np.float32))
+        ink, _ = canvas.lettering(np.random.default_rng(seed), "train", wide.name)
+        if 32 < ink.width <= 64:
+            scenes._write(drawn, np.random.default_rng(seed), "train", wide, 32)
+            assert (drawn.labels[..., 2:] > 0).sum() == len(wide.name)
+            break
+    else:
+        pytest.fail("no font is so wide")
 
 
 class Nothing:
@@ -137,10 +133,8 @@ def test_lessons_follow_from_seed_step_and_process():
         assert shapes[0] == shapes[1]  # processes draw batches of one kind
         assert all(np.array_equal(a.pictures[0], b.pictures[0]) for a, b in zip(first, again, strict=True))
         assert not np.array_equal(first[0].pictures[0], other[0].pictures[0])
-    assert course[5][0].questions[0].answer == "?"
-    assert course[41][0].questions[0].answer in {*material.NUMBERS, *material.COLOURS, *material.SHAPES} or (
-        course[41][0].questions[0].task == "text"
-    )
+    assert {question.text for item in course[5] for question in item.questions} == {"?"}
+    assert all(len(question.text) > 1 for item in course[41] for question in item.questions)
 
 
 def test_difficulty_rises():

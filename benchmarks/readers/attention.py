@@ -1,4 +1,4 @@
-"""Attention for training on a CPU, where torch's own takes five times as long to go backward."""
+"""Attention for training on a CPU, where torch's own takes five times as long forward and backward."""
 
 from __future__ import annotations
 

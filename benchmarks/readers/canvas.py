@@ -21,8 +21,8 @@ class Canvas:
     Attributes:
         pixels: `[side, side, 3]` float32.
         labels: `[side / 16, side / 16, LABELS]` int: the number of what is seen there (0 nothing, then
-            digits, then shapes), of its colour (0 none), and up to `SLOTS` characters whose middle it holds
-            (0 none).
+            digits, then shapes), of its colour (0 none), and of the characters whose middles stand in its
+            left, middle and right third (0 none).
     """
 
     def __init__(self, pixels: np.ndarray) -> None:
@@ -85,21 +85,21 @@ def shade(rng: np.random.Generator, colour: str) -> np.ndarray:
     return np.clip(np.array(material.COLOURS[colour]) + rng.normal(0, 10, 3), 0, 255)
 
 
-def lettering(rng: np.random.Generator, split: str, string: str) -> tuple[Image.Image, object]:
-    """A string's ink, of 13 to 18 pixels whatever the size of the picture, and its font."""
+def lettering(rng: np.random.Generator, split: str, text: str) -> tuple[Image.Image, object]:
+    """The ink of a text, of 13 to 18 pixels whatever the size of the picture, and its font."""
     names = material.font_names(split)
     font = material.font(names[rng.integers(len(names))], int(rng.integers(13, 19)))
-    left, top, right, bottom = font.getbbox(string)
+    left, top, right, bottom = font.getbbox(text)
     ink = Image.new("L", (right - left + 2, bottom - top + 2))
-    ImageDraw.Draw(ink).text((1 - left, 1 - top), string, font=font, fill=255)
+    ImageDraw.Draw(ink).text((1 - left, 1 - top), text, font=font, fill=255)
     return ink, font
 
 
-def put(canvas: Canvas, ink: Image.Image, font, string: str, x: int, y: int, colour: np.ndarray) -> None:
+def put(canvas: Canvas, ink: Image.Image, font, text: str, x: int, y: int, colour: np.ndarray) -> None:
     """Draw written ink with its corner at x and y, and label its characters."""
     draw_ink(canvas.pixels, np.asarray(ink, np.float32) / 255, y, x, colour)
-    for i, character in enumerate(string):
-        ahead, reached = (font.getlength(string[:n]) for n in (i, i + 1))
+    for i, character in enumerate(text):
+        ahead, reached = (font.getlength(text[:n]) for n in (i, i + 1))
         canvas.note_character(x + (ahead + reached) / 2, y + ink.height / 2, character)
 
 

@@ -169,7 +169,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     step, hours = restore(state / STATE, model, sight, parts, average)
     composer = batches.Composer(copy.deepcopy(average).to("meta"), processor)
-    note(out, options, model, device)
+    if not process:
+        note(out, options, model, device)
     course = Lessons(composer, steps, options.size, options.seed, process)
     drawn = DataLoader(
         course,
