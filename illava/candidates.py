@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from illava import merge
+from illava import bipartite, merge
 from illava.attention import streaming
 from illava.errors import PlanError
 from illava.rotary import unrotate
@@ -181,6 +181,10 @@ def decide(candidates: Candidates, settings: Any) -> merge.Merge:
         PlanError: a function returned something of another shape.
     """
     c, rule = candidates, settings.merge
+    if c.stage == "vit" and settings.vit_merge is not None:
+        rule = settings.vit_merge
+    if rule == "bipartite":
+        return bipartite.join(c.features, c.sizes, c.index, c.counts, c.keep_counts)
     importance = ranked(c, settings.score) if callable(settings.score) else c.attention
     return merge.select(
         importance,

@@ -37,6 +37,8 @@ class Merge:
         index, counts: `[S, N]` the units of each segment, and how many of each row are real.
         importance: `[S, N]` by what they were ranked.
         mixture: where a function is the rule, `[S, P, N]` the weights of which each kept unit is made.
+        owner, sizes: where units are joined, `[U]` the surviving unit that each goes into, and how much each
+            weighs there.
     """
 
     keep: Tensor
@@ -49,9 +51,16 @@ class Merge:
     counts: tuple[int, ...]
     importance: Tensor
     mixture: Tensor | None = None
+    owner: Tensor | None = None
+    sizes: Tensor | None = None
+
+    @property
+    def grows(self) -> bool:
+        """Whether units go into others whole, so that these stand for more."""
+        return self.mixture is not None or self.owner is not None
 
     def blend(self, features: Tensor) -> Tensor:
-        """Replace the recycled units' rows by the weighted sum of their groups.
+        """Replace the rows of units that take in others by the weighted sum of their groups.
 
         Args:
             features: `[U, ...]`, one row per unit; the inner layout of a unit is kept slot by slot.
@@ -66,6 +75,9 @@ class Merge:
             real = _real(self.kept_counts, self.kept_table.shape[1], flat.device)
             kept = self.kept_table.to(flat.device).flatten()[real]
             return flat.index_copy(0, kept, mixed.flatten(0, 1)[real].to(flat.dtype)).reshape(features.shape)
+        if self.owner is not None and self.sizes is not None:
+            owner, sizes = self.owner.to(flat.device), self.sizes.to(flat.device)
+            return joined(flat, owner, sizes).reshape(features.shape)
         if self.recycled.numel() == 0:
             return features
         group = flat[self.sources].float()  # [R, M, g*d]
@@ -73,12 +85,32 @@ class Merge:
         return flat.index_copy(0, self.recycled, mixed).reshape(features.shape)
 
     def grow(self, sizes: Tensor) -> Tensor:
-        """How many units each stands for, `[U]`, once others have gone into it whole by a function's rule."""
+        """How many units each stands for, `[U]`, once others have gone into it whole."""
+        if self.owner is not None:
+            return torch.zeros_like(sizes).index_add(0, self.owner, sizes)
         if self.mixture is None:
             return sizes
         grown = torch.einsum("spn,sn->sp", (self.mixture != 0).to(sizes), sizes[self.index])
         real = _real(self.kept_counts, self.kept_table.shape[1], sizes.device)
         return sizes.index_copy(0, self.kept_table.flatten()[real], grown.flatten()[real])
+
+
+def joined(flat: Tensor, owner: Tensor, sizes: Tensor) -> Tensor:
+    """Each unit's row `[U, d]` as the weighted mean of all that go into it; what takes in none is untouched.
+
+    On CUDA the last bit of a mean of three and more depends on the order of adding, unless torch is told to
+    use deterministic algorithms.
+
+    Args:
+        owner: `[U]` the unit that each goes into.
+        sizes: `[U]` how much each weighs.
+    """
+    number = torch.zeros_like(owner).index_add(0, owner, torch.ones_like(owner))  # [U]
+    sizes = sizes.float()
+    total = torch.zeros_like(sizes).index_add(0, owner, sizes)
+    share = (sizes / total[owner])[:, None]
+    mixed = torch.zeros_like(flat, dtype=torch.float32).index_add(0, owner, share * flat.float())
+    return torch.where((number > 1)[:, None], mixed.to(flat.dtype), flat)
 
 
 def select(

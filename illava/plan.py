@@ -26,6 +26,7 @@ OUTPUT, INPUT = "output", "input"
 _CHOICES = {
     "score": ("attention", "lse"),
     "merge": ("recycle", "prune", "linear"),
+    "vit_merge": (None, "bipartite", "recycle", "prune", "linear"),
     "queries": ("text", "all", "visual", "last"),
     "window_score": ("window", "picture"),
 }
@@ -55,13 +56,17 @@ class Plan:
             paper's release reads, or a function of `illava.Candidates`.
         merge: `"recycle"` (paper, section 3.2.2), `"prune"`, `"linear"` (first version), or a function of
             `illava.Candidates` and of the places of those kept.
+        vit_merge: the encoder's rule, where it is another than `merge`: `"recycle"`, `"prune"`,
+            `"linear"`, or `"bipartite"`, which makes one of tokens whose features are most alike
+            (ToMe's bipartite soft matching, arXiv 2210.09461, section 3) whatever their `score`.
         queries: whose attention counts in the language model: the later `"text"`, `"all"`,
             `"visual"` tokens, or the `"last"` token. With `"text"`, a picture after which no text
             comes is ranked by all its queries.
         window_score: in blocks that attend in windows, rank tokens by the attention they receive
             within their `"window"`, or by what they would receive in the whole `"picture"`.
         proportional: let encoder tokens that stand for several attract as much attention as these would
-            (ToMe, arXiv 2210.09461, eq. 1), in merging blocks, where a function is the rule.
+            (ToMe, arXiv 2210.09461, eq. 1), in merging blocks, where the rule is a function or
+            `"bipartite"`.
 
     Raises:
         PlanError: a value out of range, or two budgets at once.
@@ -81,6 +86,7 @@ class Plan:
     members: int = 5
     score: Literal["attention", "lse"] | Callable[..., Any] = "attention"
     merge: Literal["recycle", "prune", "linear"] | Callable[..., Any] = "recycle"
+    vit_merge: Literal["bipartite", "recycle", "prune", "linear"] | None = None
     queries: Literal["text", "all", "visual", "last"] = "text"
     window_score: Literal["window", "picture"] = "window"
     proportional: bool = False

@@ -52,7 +52,7 @@ def record_merge(layer: int, names: Tensor, decision: Merge) -> MergeRecord:
     real = torch.arange(index.shape[1]) < torch.tensor(decision.counts)[:, None]  # [S, N]
     unit, source, weight = _sources(decision, keep)
     others = torch.bincount(unit[unit != source], minlength=len(names)) > 0
-    recycled = decision.recycled.cpu() if decision.mixture is None else others.nonzero().flatten()
+    recycled = others.nonzero().flatten() if decision.grows else decision.recycled.cpu()
     own = names[unit] >= 0
     return MergeRecord(
         layer,
@@ -66,6 +66,10 @@ def record_merge(layer: int, names: Tensor, decision: Merge) -> MergeRecord:
 
 def _sources(decision: Merge, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`Merge.blend` as a sparse matrix: units, sources, weights."""
+    if decision.owner is not None and decision.sizes is not None:
+        owner, sizes = decision.owner.cpu(), decision.sizes.float().cpu()
+        total = torch.zeros_like(sizes).index_add(0, owner, sizes)
+        return owner, torch.arange(len(owner)), sizes / total[owner]
     if decision.mixture is None:
         weights, sources = decision.weights.cpu(), decision.sources.cpu()
         used = weights != 0

@@ -241,7 +241,7 @@ class VisionCall:
             rank = alive.long().cumsum(0) - 1
             members = rank[stage.members[kept]]  # [U', g] places among the new ones
         after = Stage(min(block + 1, self.depth), stage.layout, stage.units[kept], tokens, members, counts)
-        if decision.mixture is not None:
+        if decision.grows:
             after.sizes = decision.grow(stage.unit_sizes(keep.device))[kept]
         self.stages.append(after)
         self.now = after.block_inputs()

@@ -91,8 +91,9 @@ def test_the_language_model_is_one_graph_across_its_merges(family):
 
 @needs_contexts
 @pytest.mark.slow
-def test_the_encoder_is_one_graph_across_its_merges():
-    ran, made = counts("internvl", "vision_tower", plan((0, 2), ()))
+@pytest.mark.parametrize("rule", [None, "bipartite"])
+def test_the_encoder_is_one_graph_across_its_merges(rule):
+    ran, made = counts("internvl", "vision_tower", plan((0, 2), ()) | {"vit_merge": rule})
     assert ran == [1] * 3
     assert (ran, made) == counts("internvl", "vision_tower")
 

@@ -60,7 +60,8 @@ def tab(server):
 def plan_of(server, reduction=77.8):
     default = server.handlers.asker.default
     return (
-        reduction, 40, default.vit_layers, default.llm_layers, "recycle", "attention", "text", "window"
+        reduction, 40, default.vit_layers, default.llm_layers, "recycle", "same", "attention", "text",
+        "window",
     )  # fmt: skip
 
 
@@ -124,6 +125,7 @@ OTHER = {
     "vit_layers": ([2, 5], "vit_layers", (2, 5)),
     "llm_layers": ([3], "llm_layers", (3,)),
     "rule": ("linear", "merge", "linear"),
+    "vit_rule": ("bipartite", "vit_merge", "bipartite"),
     "score": ("lse", "score", "lse"),
     "queries": ("visual", "queries", "visual"),
     "windows": ("picture", "window_score", "picture"),
@@ -165,7 +167,7 @@ def test_what_is_wrong_is_said_in_words(server, tab, monkeypatch):
     ):
         asked = server.handlers.ask(tab, [(f, None) for f in gallery], question, 8, *plan_of(server))
         assert words in last(list(asked), "notice")
-    beyond = (77.8, 40, (99,), (1,), "recycle", "attention", "text", "window")
+    beyond = (77.8, 40, (99,), (1,), "recycle", "same", "attention", "text", "window")
     assert "99" in last(ask(server, tab, plan=beyond), "notice")
 
     def fail(*_, **__):
@@ -289,7 +291,7 @@ def test_more_questions_than_the_queue_holds_are_turned_away(server, monkeypatch
     go = threading.Event()
     monkeypatch.setattr(type(server.handlers.asker), "_answer", lambda *_: go.wait(30))
     config = json.loads(post(server, "config", None)[1])
-    asking = next(d for d in config["dependencies"] if len(d["inputs"]) == 11 and len(d["outputs"]) == 8)
+    asking = next(d for d in config["dependencies"] if len(d["inputs"]) == 12 and len(d["outputs"]) == 8)
     gallery = [
         {"image": {"path": SAMPLES[0].files[0], "meta": {"_type": "gradio.FileData"}}, "caption": None}
     ]

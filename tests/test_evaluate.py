@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
+from transformers.video_utils import VideoMetadata
 
 import illava
 import tiny_checkpoint
@@ -18,6 +19,9 @@ from illava.evaluate.forcing import speak
 from illava.evaluate.prompts import build_inputs, decoded
 from illava.evaluate.quality import hold
 from illava.evaluate.synthetic import noise_inputs
+from illava.evaluate.trials import Trials
+from illava.jobs import Item
+from readers import tasks
 
 MERGING = Plan((3,), (1, 4), 0.778)
 SHAPE = {"vision": {"depth": 8, "fullatt_block_indexes": [3, 7]}, "text": {"num_hidden_layers": 6}}
@@ -179,6 +183,42 @@ def test_fidelity_counts_and_lists_what_changed(loaded, items, tmp_path):
         evaluate.fidelity(loaded, [bad], {"0": Plan(reduction=0)})
     with pytest.raises(illava.PlanError, match="no plan"):
         evaluate.fidelity(loaded, items, {})
+
+
+@pytest.fixture(scope="module")
+def by_tiles():
+    return evaluate.load(Path(__file__).parent.parent / "checkpoints" / "internvl", device="cpu")
+
+
+def film(number: int, frames: int) -> Item:
+    pixels = tasks.held_out_item("video", "test", number, frames=frames).video
+    about = VideoMetadata(total_num_frames=frames, fps=24.0, frames_indices=list(range(frames)))
+    return Item(str(number), (), (), "what appeared first ?", f"{number}.mp4", clips=((pixels, about),))
+
+
+def test_videos_that_a_processor_refuses_together_are_shown_one_by_one(by_tiles):
+    films = [film(1, 8), film(2, 6), film(3, 8)]
+    with pytest.raises(illava.DataError, match="one of 1.mp4, 2.mp4, 3.mp4"):
+        build_inputs(by_tiles, films)
+    plans, strong = {"strong": Plan(reduction=0.9)}, {"max_new_tokens": 4}
+    found = evaluate.fidelity(by_tiles, films, plans, **strong, batch_size=3)
+    alone = evaluate.fidelity(by_tiles, films, plans, **strong, batch_size=1)
+    assert found == alone
+    assert found.agreement["strong"].items == 3
+    trials = Trials(by_tiles, films, 3, 4)
+    assert [batch.items for batch in trials.batches] == [1, 1, 1]
+    assert trials.race(Plan(reduction=0)).equal == [True] * 3
+
+
+def test_an_item_that_is_refused_costs_no_other(loaded, items):
+    strip = Image.new("RGB", (2100, 10))  # Qwen's processor takes no picture 200 times as wide as high
+    bad = Item("1", (), (), "What is this?", "strip.png", pictures=(strip,))
+    found = evaluate.fidelity(loaded, [items[0], bad, items[1]], {"0": Plan(reduction=0)}, max_new_tokens=2)
+    assert found.agreement["0"].items == 2
+    assert [s["source"] for s in found.skipped] == ["strip.png"]
+    assert "refuses strip.png" in found.skipped[0]["reason"]
+    with pytest.raises(illava.DataError, match="refuses strip.png"):
+        Trials(loaded, [items[0], bad], 2, 2)
 
 
 # Speed ------------------------------------------------------------------------------------------

@@ -365,6 +365,7 @@ def test_plans_are_frozen():
             ["[5, 9, 13] of 32", "[2, 8, 14] of 28", "reduction 88.9%", "share 40%", "recycle"],
         ),
         (Plan(), ["[7, 15] of 32", "reduction 66.7%", "score attention"]),
+        (Plan(vit_merge="bipartite"), ["recycle (bipartite in the encoder), score attention"]),
         (Plan.release(), ["[19, 21, 23, 25] of 28", "keep ratio 0.85 in the encoder, 0.9", "score lse"]),
         (Plan.first_version(), ["92 tokens removed per encoder layer, 108 per LLM layer", "linear"]),
     ],

@@ -27,6 +27,7 @@ PLANS = {
     "prune": dict(reduction=0.778, merge="prune"),
     "linear": dict(reduction=0.778, merge="linear", queries="visual"),
     "lse": dict(reduction=0.667, score="lse"),
+    "bipartite": dict(reduction=0.778, vit_merge="bipartite"),
     "ratios": dict(vit_keep_ratio=0.7, llm_keep_ratio=0.6, queries="last"),
 }
 START, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"

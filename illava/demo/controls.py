@@ -16,6 +16,11 @@ RULES = {
     "prune: drop the rest": "prune",
     "linear: the paper's first version": "linear",
 }
+SAME = "same"
+VIT_RULES = {
+    "the same as beside (default)": SAME,
+    "bipartite: join tokens that are most alike": "bipartite",
+}
 SCORES = {"attention received (default)": "attention", "log-sum-exp, as the paper's release": "lse"}
 QUERIES = {
     "the later text (default)": "text",
@@ -36,9 +41,15 @@ class Controls:
     vit_layers: gr.Dropdown
     llm_layers: gr.Dropdown
     rule: gr.Dropdown
+    vit_rule: gr.Dropdown
     score: gr.Dropdown
     queries: gr.Dropdown
     windows: gr.Dropdown
+
+    @property
+    def choices(self) -> list[Any]:
+        """Those that are one of a few."""
+        return [self.rule, self.vit_rule, self.score, self.queries, self.windows]
 
     @property
     def all(self) -> list[Any]:
@@ -62,11 +73,12 @@ def draw_controls(default: ModelPlan) -> Controls:
         llm = _layers("decoder layers that merge", default.llm_layers, default.llm_depth)
         with gr.Row():
             rule = _choice("merging rule", RULES)
-            score = _choice("tokens are ranked by", SCORES)
+            vit_rule = _choice("that of the encoder", VIT_RULES)
         with gr.Row():
+            score = _choice("tokens are ranked by", SCORES)
             queries = _choice("in the decoder, attention of", QUERIES)
             windows = _choice("in the encoder's windows, ranked", WINDOWS)
-    return Controls(reduction, share, vit, llm, rule, score, queries, windows)
+    return Controls(reduction, share, vit, llm, rule, vit_rule, score, queries, windows)
 
 
 def _layers(label: str, chosen: Sequence[int], depth: int) -> gr.Dropdown:
@@ -86,6 +98,7 @@ def plan_of(
     vit_layers: Sequence[int] | None,
     llm_layers: Sequence[int] | None,
     rule: Any,
+    vit_rule: Any,
     score: Any,
     queries: Any,
     windows: Any,
@@ -101,6 +114,7 @@ def plan_of(
         reduction=reduction / 100,
         encoder_share=encoder_share / 100,
         merge=rule,
+        vit_merge=None if vit_rule == SAME else vit_rule,
         score=score,
         queries=queries,
         window_score=windows,

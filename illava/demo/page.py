@@ -116,7 +116,7 @@ def draw_page(handlers: Handlers) -> gr.Blocks:
         gr.on(
             [controls.reduction.release, controls.encoder_share.release]
             + [c.input for c in (controls.vit_layers, controls.llm_layers)]
-            + [c.input for c in (controls.rule, controls.score, controls.queries, controls.windows)],
+            + [c.input for c in controls.choices],
             handlers.ask_again, [merge, importance, answer_tokens, *controls.all],
             trigger_mode="always_last", **busy,
         )  # fmt: skip

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from illava.errors import CheckpointError, DataError
 from illava.evaluate.loading import Loaded
@@ -11,6 +11,8 @@ from illava.generation import processed
 from illava.jobs import Item, Skipped, decode
 from illava.memory import is_memory
 from illava.weights import first_line
+
+Made = TypeVar("Made")
 
 
 def decoded(item: Item | Skipped) -> Item:
@@ -35,6 +37,22 @@ def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
             batch = []
     if batch:
         yield batch
+
+
+def together(do: Callable[[list[Item]], list[Made]], items: list[Item]) -> list[Made]:
+    """What `do` makes of items; where a processor refuses them together, of one after the other.
+
+    Some make no batch of videos of different lengths, and take each by itself.
+
+    Raises:
+        DataError: what `do` raises for one item alone.
+    """
+    try:
+        return do(items)
+    except DataError:
+        if len(items) == 1:
+            raise
+    return [made for item in items for made in do([item])]
 
 
 def build_inputs(loaded: Loaded, items: Sequence[Item]) -> dict[str, Any]:

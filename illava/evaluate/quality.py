@@ -14,7 +14,7 @@ from illava.errors import DataError, PlanError
 from illava.evaluate.agreement import Agreement, Held, divergences, equal_choices
 from illava.evaluate.forcing import speak
 from illava.evaluate.loading import Loaded, load
-from illava.evaluate.prompts import batches, build_inputs, decoded
+from illava.evaluate.prompts import batches, build_inputs, decoded, together
 from illava.jobs import Item, Skipped
 from illava.jobs.results import as_line
 from illava.plan import Plan
@@ -126,12 +126,21 @@ def fidelity(
             except DataError as error:
                 records.append({"key": item.key, "source": item.source, "skipped": str(error)})
         if ready:
-            records += [
-                {"key": item.key, "source": item.source, **result}
-                for item, result in zip(ready, work(ready), strict=True)
-            ]
+            records += together(partial(_answered, work), ready)
         progress(len(batch))
     return summarise(records, plans)
+
+
+def _answered(work: FidelityWork, items: list[Item]) -> list[dict[str, Any]]:
+    """Records of items; of one alone that cannot be answered, the reason."""
+    try:
+        results = work(items)
+    except DataError as error:
+        if len(items) > 1:
+            raise
+        return [{"key": items[0].key, "source": items[0].source, "failed": str(error)}]
+    of_items = zip(items, results, strict=True)
+    return [{"key": item.key, "source": item.source, **result} for item, result in of_items]
 
 
 class FidelityWork:

@@ -13,7 +13,7 @@ import illava
 from illava.evaluate.agreement import divergences
 from illava.evaluate.forcing import Spoken, speak
 from illava.evaluate.loading import Loaded
-from illava.evaluate.prompts import batches, build_inputs
+from illava.evaluate.prompts import batches, build_inputs, together
 from illava.jobs import Item
 from illava.plan import Plan
 from illava.report import Report
@@ -66,16 +66,17 @@ class Trials:
     Args:
         loaded: an unpatched model with its processor.
         items: decoded.
-        batch_size: items answered together.
+        batch_size: items answered together, where the processor takes them so.
         max_new_tokens: longest answer.
     """
 
     def __init__(self, loaded: Loaded, items: Sequence[Item], batch_size: int, max_new_tokens: int) -> None:
         self._loaded, self._max_new_tokens = loaded, max_new_tokens
-        self.batches = [self._batch(group) for group in batches(items, batch_size)]
+        groups = batches(items, batch_size)
+        self.batches = [batch for group in groups for batch in together(self._batch, group)]
         self.items = sum(batch.items for batch in self.batches)
 
-    def _batch(self, items: list[Item]) -> Batch:
+    def _batch(self, items: list[Item]) -> list[Batch]:
         inputs = build_inputs(self._loaded, items)
         # Only a merge knows how many visual tokens each picture becomes, in every family.
         shown = self._prefill(Plan(reduction=0.5), inputs)
@@ -83,7 +84,7 @@ class Trials:
         choices = torch.stack([scores.argmax(-1) for scores in answer.scores], dim=1)
         kept = Spoken(answer.ids, answer.lengths, [])  # distributions of all the data would not fit
         on_host = {name: x.cpu() for name, x in inputs.items()}
-        return Batch(on_host, len(items), shown, kept, choices)
+        return [Batch(on_host, len(items), shown, kept, choices)]
 
     def _prefill(self, plan: Plan, inputs: Mapping[str, Any]) -> Report | None:
         with illava.patch(self._loaded.model, plan=plan) as handle:

@@ -19,12 +19,14 @@ PLANS = {
     "tokens removed": dict(vit_tokens_removed=3, llm_tokens_removed=4, merge="linear"),
     "encoder alone": dict(reduction=0.6, encoder_share=1.0, llm_layers=()),
     "language model alone": dict(reduction=0.6, vit_layers=()),
+    "bipartite": dict(reduction=0.778, vit_merge="bipartite"),
+    "bipartite, several rounds": dict(reduction=0.9, encoder_share=0.95, vit_merge="bipartite"),
 }
 MAIN = {"paper": tools.MAIN, "recycled 0.3, members 3": tools.DEEP}
 
 
 def options(settings) -> dict:
-    names = ("recycled", "members", "score", "merge", "queries", "window_score")
+    names = ("recycled", "members", "score", "merge", "queries", "window_score", "vit_merge")
     return {name: settings[name] for name in names if name in settings}
 
 

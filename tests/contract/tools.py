@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import illava
+import illava.candidates
 import zoo
 from zoo.common import Image, Video
 
@@ -120,6 +121,20 @@ def mixed(family: str) -> str:
 
 
 # Calls ----------------------------------------------------------------------------------------------
+
+
+def watch_decisions(monkeypatch) -> list[tuple]:
+    """Fills with every merge from now on: what was to choose from, and the decision."""
+    seen = []
+
+    def decide(c, settings):
+        decision = illava.candidates.decide(c, settings)
+        seen.append((c, decision))
+        return decision
+
+    monkeypatch.setattr("illava.vision.decide", decide)
+    monkeypatch.setattr("illava.language.decide", decide)
+    return seen
 
 
 def forward(model, inputs: dict, **extra):

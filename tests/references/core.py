@@ -20,6 +20,7 @@ class Options:
     merge: str = "recycle"  # or "prune", "linear"
     queries: str = "text"  # LLM: or "all", "visual", "last"
     window_score: str = "window"  # encoder: or "picture"
+    vit_merge: str | None = None  # encoder: another rule than `merge`, or "bipartite"
 
 
 @dataclass
@@ -121,7 +122,7 @@ def importance_of(q, k, allowed, counted, score):
 # ---------------------------------------------------------------- selecting and merging
 
 
-def merge_segment(x, q, k, importance, removed, g, options):
+def merge_segment(x, q, k, importance, removed, g, options, sizes=None):
     """Merge one segment of N units: indices of the kept and the recycled units, and the features of the kept.
 
     Args:
@@ -130,10 +131,14 @@ def merge_segment(x, q, k, importance, removed, g, options):
         importance: of every member, `[N * g]`.
         removed: units to remove, at least 1.
         g: members of a unit.
+        sizes: of the encoder, how many units each already stands for; becomes that of the kept.
     """
     n = len(x) // g
     keep = n - removed
     units = x.reshape(n, g, -1)
+    rule = options.merge if sizes is None else options.vit_merge or options.merge
+    if rule == "bipartite":
+        return pairs_joined(units, removed, sizes)
     unit_importance = importance.reshape(n, g).mean(1).tolist()
     order = sorted(
         range(n), key=lambda u: -unit_importance[u]
@@ -141,13 +146,13 @@ def merge_segment(x, q, k, importance, removed, g, options):
     merged = units.clone()
     recycled = []
 
-    if options.merge == "linear":
+    if rule == "linear":
         ascending = order[keep - 1 :][::-1]  # the R + 1 least important, the least first
         weights = torch.arange(len(ascending), 0, -1).float()  # R + 1, R, ..., 1
         weights = weights / weights.sum()
         recycled = [ascending[-1]]
         merged[ascending[-1]] = (weights[:, None, None] * units[ascending]).sum(0)
-    elif options.merge == "recycle":
+    elif rule == "recycle":
         n_recycled = min(keep, max(1, round(options.recycled * keep)))
         recycled = sorted(order[keep - n_recycled : keep])
         targets = sorted(order[keep - n_recycled :])  # recycled and discarded ones, in held order
@@ -166,3 +171,32 @@ def merge_segment(x, q, k, importance, removed, g, options):
 
     kept = sorted(order[:keep])
     return kept, recycled, merged[kept].flatten(0, 1)
+
+
+def pairs_joined(units, removed, sizes):
+    """The rule "bipartite" on `units [N, g, D]`; as `merge_segment`, and `sizes` is changed in place."""
+    features, weight, alive, grown = units.clone(), list(sizes), list(range(len(units))), set()
+    while removed:
+        evens, odds = alive[0::2], alive[1::2]
+        match, likeness = {}, {}
+        for even in evens if odds else []:
+            cosines = [
+                torch.cosine_similarity(features[even].flatten(), features[odd].flatten(), dim=0).item()
+                for odd in odds
+            ]
+            likeness[even] = max(cosines)
+            match[even] = odds[cosines.index(likeness[even])]
+        number = min(removed, len(alive) // 2)
+        order = sorted(evens, key=lambda even: -likeness[even], reverse=True)  # of equals the later goes
+        going = order[len(order) - number :]
+        before, weights = features.clone(), list(weight)
+        for odd in odds:
+            group = [odd, *(even for even in going if match[even] == odd)]
+            total = sum(weights[unit] for unit in group)
+            features[odd] = sum(weights[unit] * before[unit] for unit in group) / total
+            weight[odd] = total
+            grown |= {odd} if len(group) > 1 else set()
+        alive = [unit for unit in alive if unit not in going]
+        removed -= number
+    sizes[:] = [weight[unit] for unit in alive]
+    return alive, [unit for unit in alive if unit in grown], features[alive].flatten(0, 1)

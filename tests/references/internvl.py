@@ -94,6 +94,7 @@ def see(model, pixel_values, removed_of, options):
     total = (len(tiles[0]) - 1) // G  # units of a tile
     removed = removed_of(total)
     units = [list(range(total)) for _ in tiles]  # of each tile the units still alive
+    sizes = [[1] * total for _ in tiles]
 
     merges = []
     for layer, block in enumerate(tower.encoder.layer):
@@ -107,7 +108,7 @@ def see(model, pixel_values, removed_of, options):
             if removed.get(layer, 0) > 0:
                 importance = importance_of(q, k, everywhere, everywhere, options.score)  # CLS asks too
                 kept, recycled, features = merge_segment(
-                    x[1:], q[:, 1:], k[:, 1:], importance[1:], removed[layer], G, options
+                    x[1:], q[:, 1:], k[:, 1:], importance[1:], removed[layer], G, options, sizes[tile]
                 )
                 numbers = units[tile]
                 merges.append(

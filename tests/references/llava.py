@@ -130,6 +130,7 @@ def encode_tile(model, pixels, removed, segment, source, options):
 
     merges = []
     units = list(range(n_units))  # the units still alive; x has `first` rows more
+    sizes = [1] * n_units
     for layer, block in enumerate(blocks[:end]):
         attention, normed = block.self_attn, block.layer_norm1(x)
         heads = attention.num_heads
@@ -142,7 +143,7 @@ def encode_tile(model, pixels, removed, segment, source, options):
         if removed.get(layer, 0) > 0:
             importance = importance_of(q, k, everywhere, everywhere, options.score)
             kept, recycled, features = merge_segment(
-                x[first:], q[:, first:], k[:, first:], importance[first:], removed[layer], 1, options
+                x[first:], q[:, first:], k[:, first:], importance[first:], removed[layer], 1, options, sizes
             )
             numbers = [units[i] for i in kept], [units[i] for i in recycled]
             merges.append(Merge("vit", layer, segment, *numbers, features, source))

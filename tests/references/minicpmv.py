@@ -137,6 +137,7 @@ def encode(model, pixels, h, w, fourfold, removed, segment, source, options):
     ]
     x, g = x[rows], side * side  # [n_units * g, D], unit by unit
     units = list(range(n_units))  # the units still alive; x has g rows for each
+    sizes = [1] * n_units
 
     merges = []
     for layer, block in enumerate(tower.encoder.layers):
@@ -146,7 +147,7 @@ def encode(model, pixels, h, w, fourfold, removed, segment, source, options):
         x = x + attention.out_proj(attend(q, k, v, everything))
         if removed.get(layer, 0):
             importance = importance_of(q, k, everything, everything, options.score)
-            kept, recycled, x = merge_segment(x, q, k, importance, removed[layer], g, options)
+            kept, recycled, x = merge_segment(x, q, k, importance, removed[layer], g, options, sizes)
             merges.append(
                 Merge(
                     "vit",

@@ -85,6 +85,7 @@ def encode(model, pixels, height, width, removed, segment, options):
     tower, heads = model.vpm, model.config.vision_config.num_attention_heads
     x = embed(tower.embeddings, pixels, height, width)  # [h * w, D]
     patches = list(range(len(x)))  # those still alive
+    sizes = [1] * len(x)
     merges = []
     for layer, block in enumerate(tower.encoder.layers):
         attention, normed = block.self_attn, block.layer_norm1(x)
@@ -96,7 +97,7 @@ def encode(model, pixels, height, width, removed, segment, options):
         x = x + attention.out_proj(attend(q, k, v, everywhere))
         if removed.get(layer, 0) > 0:
             importance = importance_of(q, k, everywhere, everywhere, options.score)
-            kept, recycled, x = merge_segment(x, q, k, importance, removed[layer], 1, options)
+            kept, recycled, x = merge_segment(x, q, k, importance, removed[layer], 1, options, sizes)
             numbers = [[patches[n] for n in group] for group in (kept, recycled)]
             merges.append(Merge("vit", layer, segment, *numbers, x, "image"))
             patches = numbers[0]

@@ -147,6 +147,7 @@ def encode(model, pixels, sizes, removed, source, options):
 
     merges = []
     units = list(range(n_units))  # the units still alive, in held order; x and angles have g rows for each
+    stand_for = [[1] * frame.count(number) for number in range(len(plans))]
     for layer, block in enumerate(visual.blocks):
         whole = not windowed or layer in config.fullatt_block_indexes
         q, k, v = block.attn.qkv(block.norm1(x)).reshape(len(x), 3, config.num_heads, -1).permute(1, 2, 0, 3)
@@ -166,7 +167,14 @@ def encode(model, pixels, sizes, removed, source, options):
                     survivors, pieces = survivors + members, pieces + [x[rows]]
                     continue
                 kept, recycled, features = merge_segment(
-                    x[rows], q[:, rows], k[:, rows], importance[rows], plan[layer], g, options
+                    x[rows],
+                    q[:, rows],
+                    k[:, rows],
+                    importance[rows],
+                    plan[layer],
+                    g,
+                    options,
+                    stand_for[segment],
                 )
                 numbers = [place[units[n]] for n in members]
                 merges.append(

@@ -127,6 +127,7 @@ def encode(model, pixels, grids, removed, source, options):
 
     merges, taps = [], []
     units = list(range(len(frame)))  # the units still alive; x and angles have g rows for each
+    stand_for = [[1] * size for size in sizes]
     for layer, block in enumerate(visual.blocks):
         q, k, v = block.attn.qkv(block.norm1(x)).reshape(len(x), 3, config.num_heads, -1).permute(1, 2, 0, 3)
         q, k = rotate(q, angles), rotate(k, angles)  # [H, S, d]
@@ -142,7 +143,14 @@ def encode(model, pixels, grids, removed, source, options):
                     survivors, pieces = survivors + members, pieces + [x[rows]]
                     continue
                 kept, recycled, features = merge_segment(
-                    x[rows], q[:, rows], k[:, rows], importance[rows], plan[layer], g, options
+                    x[rows],
+                    q[:, rows],
+                    k[:, rows],
+                    importance[rows],
+                    plan[layer],
+                    g,
+                    options,
+                    stand_for[segment],
                 )
                 numbers = [place[units[n]] for n in members]
                 merges.append(

@@ -93,6 +93,7 @@ def plans(draw, family: str) -> dict:
         settings |= {f"{stage}_{way}": draw(st.sampled_from(values)) for stage in ("vit", "llm")}
     return settings | dict(
         queries=draw(st.sampled_from(["text", "all", "visual", "last"])),
+        vit_merge=draw(st.sampled_from([None, "bipartite", "prune"])),
         window_score=draw(st.sampled_from(["window", "picture"])),
         recycled=draw(st.sampled_from([0.01, 0.3, 1])),
         members=draw(st.sampled_from([1, 2, 5, 50])),

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 import zoo
 from contract import tools
 
-OPTIONS = ("recycled", "members", "score", "merge", "queries", "window_score")
+OPTIONS = ("recycled", "members", "score", "merge", "queries", "window_score", "vit_merge")
 
 
 class Plain(PreTrainedModel, GenerationMixin):

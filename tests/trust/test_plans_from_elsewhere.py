@@ -31,6 +31,7 @@ OTHERS = st.fixed_dictionaries(
         members=st.integers(1),
         score=st.sampled_from(["attention", "lse"]),
         merge=st.sampled_from(["recycle", "prune", "linear"]),
+        vit_merge=st.sampled_from([None, "bipartite", "recycle", "prune", "linear"]),
         queries=st.sampled_from(["text", "all", "visual", "last"]),
         window_score=st.sampled_from(["window", "picture"]),
         proportional=st.booleans(),

@@ -6,6 +6,7 @@ does (`-m soak`).
 """
 
 import gc
+import itertools
 import os
 import weakref
 from collections import Counter
@@ -64,7 +65,7 @@ def test_one_leaked_object_a_turn_would_be_seen():
 
 
 def test_what_comes_once_is_no_leak():
-    cache, turns = [], iter(range(1000))
+    cache, turns = [], itertools.count()
     assert leaked(lambda: cache.extend([0] for _ in range(50) if next(turns) == 5)) == {}
 
 

@@ -1,0 +1,150 @@
+"""Bipartite soft matching: rounds, ragged segments, weights, and what becomes of it in a model."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import illava
+from contract import tools
+from illava import bipartite
+from illava.errors import PlanError
+from illava.tracing import _sources
+from references.core import pairs_joined
+from zoo.common import Image
+
+
+def segments(counts, seed=0, g=2, d=5):
+    """Features, sizes and a table of units of segments that lie one behind the other."""
+    draw = torch.Generator().manual_seed(seed)
+    total = sum(counts)
+    features = torch.randn(total, g, d, generator=draw)
+    sizes = torch.randint(1, 5, (total,), generator=draw).float()
+    starts = torch.tensor([0, *counts]).cumsum(0)[:-1]
+    index = (starts[:, None] + torch.arange(max(counts))).clamp(max=total - 1)
+    return features, sizes, index
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("counts", "keeps"),
+    [
+        ((8,), (5,)),
+        ((9,), (5,)),
+        ((9,), (4,)),
+        ((11,), (1,)),
+        ((6, 11, 1, 2), (5, 2, 1, 1)),
+        ((7, 7), (7, 3)),
+    ],
+)
+def test_pairs_are_those_of_the_definition(counts, keeps, seed):
+    features, sizes, index = segments(counts, seed)
+    made = bipartite.join(features, sizes, index, counts, keeps)
+    blended, grown = made.blend(features), made.grow(sizes)
+    assert made.kept_counts == keeps
+    for row, (count, keep) in enumerate(zip(counts, keeps, strict=True)):
+        own = index[row, :count]
+        weights = sizes[own].tolist()
+        kept, grew, expected = pairs_joined(features[own], count - keep, weights)
+        assert own[made.keep[own]].tolist() == own[kept].tolist()
+        assert made.kept_table[row, :keep].tolist() == own[kept].tolist()
+        torch.testing.assert_close(blended[own[kept]].flatten(0, 1), expected)
+        assert grown[own[kept]].tolist() == weights
+        assert ((grown[own] > sizes[own]) & made.keep[own]).nonzero().flatten().tolist() == grew
+
+
+def test_units_that_take_in_none_are_left_bit_for_bit():
+    features, sizes, index = segments((12, 5))
+    features = features.to(torch.bfloat16)
+    made = bipartite.join(features, sizes, index, (12, 5), (10, 5))
+    same = made.grow(sizes) == sizes
+    assert same.sum() > 10
+    assert torch.equal(made.blend(features)[same], features[same])
+    nothing = bipartite.join(features, sizes, index, (12, 5), (12, 5))
+    assert nothing.keep.all()
+    assert torch.equal(nothing.blend(features), features)
+
+
+def test_segments_have_nothing_to_do_with_each_other_nor_with_padding():
+    features, sizes, index = segments((6, 11, 3), seed=5)
+    together = bipartite.join(features, sizes, index, (6, 11, 3), (3, 6, 2))
+    alone = bipartite.join(features, sizes, index[1:2], (11,), (6,))
+    assert torch.equal(together.owner[6:17], alone.owner[6:17])
+    assert torch.equal(together.blend(features)[6:17], alone.blend(features)[6:17])
+    assert alone.keep[:6].all()  # units of no segment stay
+    assert torch.equal(alone.blend(features)[:6], features[:6])
+
+
+def test_blocks_of_likeness_change_nothing(monkeypatch):
+    features, sizes, index = segments((31, 17), seed=6)
+    whole = bipartite.join(features, sizes, index, (31, 17), (10, 9))
+    monkeypatch.setattr(bipartite, "AFFINITY_BLOCK_ELEMENTS", 64)
+    assert torch.equal(bipartite.join(features, sizes, index, (31, 17), (10, 9)).owner, whole.owner)
+
+
+def test_what_is_not_finite_goes_into_nothing_before_others_have():
+    features, sizes, index = segments((8,), seed=2)
+    features[2] = float("nan")
+    features[5] = float("inf")
+    made = bipartite.join(features, sizes, index, (8,), (5,))
+    assert made.keep[2]
+    assert made.keep[5]
+    left = made.blend(features)[made.keep]
+    assert left.isfinite().flatten(1).all(1).sum() == 3  # the two, and no third
+
+
+def test_gradients_reach_all_that_went_in():
+    features, sizes, index = segments((9,), seed=3)
+    made = bipartite.join(features, sizes, index, (9,), (4,))
+    x = features.clone().requires_grad_()
+    made.blend(x)[made.keep].sum().backward()
+    share = sizes / torch.zeros(9).index_add(0, made.owner, sizes)[made.owner]
+    torch.testing.assert_close(x.grad, share[:, None, None].expand_as(x))
+
+
+def test_the_record_says_of_what_each_is_made():
+    features, sizes, index = segments((9, 4), seed=4)
+    made = bipartite.join(features, sizes, index, (9, 4), (3, 2))
+    unit, source, weight = _sources(made, made.keep)
+    matrix = torch.zeros(13, 13).index_put((unit, source), weight)
+    torch.testing.assert_close(
+        (matrix @ features.flatten(1))[made.keep], made.blend(features).flatten(1)[made.keep]
+    )
+    torch.testing.assert_close(matrix.sum(1), made.keep.float())
+
+
+@tools.each_family
+def test_every_patch_is_accounted_for(family):
+    """Provenance adds up: none is lost in the encoder, all weights of a token are 1."""
+    model, inputs = tools.build(family), tools.prompt_of(family, tools.mixed(family))
+    with tools.patch(
+        model, family, trace=True, reduction=0.7, llm_layers=(), vit_merge="bipartite"
+    ) as handle:
+        tools.forward(model, inputs)
+    for own in handle.report.provenance:
+        for step in own.merges:
+            rows = step.sources.to_dense()
+            torch.testing.assert_close(rows.sum(1), torch.ones(len(rows)))
+            assert (rows > 0).any(0).all()
+
+
+def test_a_batch_says_what_its_rows_say():
+    family = "qwen2_5_vl"
+    model, rows = tools.build(family), [[5, Image(140, 168), 7], [4, Image(112, 84), 3, Image(84, 84), 6]]
+    with illava.patch(model, reduction=0.7, vit_merge="bipartite"):
+        inputs = tools.prompt(family, *rows)
+        together = tools.forward(model, inputs).logits
+        for number, row in enumerate(rows):
+            alone = tools.forward(model, tools.prompt(family, row, seeds=[number])).logits[0]
+            real = inputs["attention_mask"][number].bool()
+            torch.testing.assert_close(together[number, real], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_it_is_a_rule_of_the_encoder_only():
+    with pytest.raises(PlanError, match="merge='bipartite' is not known"):
+        illava.Plan(merge="bipartite")
+    with pytest.raises(PlanError, match="vit_merge='greedy' is not known"):
+        illava.Plan(vit_merge="greedy")
+    plan = illava.Plan(vit_merge="bipartite", merge="prune")
+    assert illava.Plan.from_json(plan.to_json()) == plan
+    assert illava.Plan.from_json("{}") == replace(plan, vit_merge=None, merge="recycle")
