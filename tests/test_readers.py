@@ -95,9 +95,39 @@ def test_labels_say_what_was_drawn_where():
         assert inside.any()
         colours = scene.labels[rows[inside], columns[inside], 1]
         assert (colours == 1 + list(material.COLOURS).index(thing.colour)).all()
+        middles = scene.labels[..., canvas.MIDDLE][rows[inside], columns[inside]]
+        assert middles.sum() == 1
+    assert scene.labels[..., canvas.MIDDLE].sum() == len(scene.things)
     written = scenes.picture(np.random.default_rng(4), "train", 192, digits=0, writing=True)
-    found = [canvas.CHARACTERS[n - 1] for n in written.labels[..., 2:].flatten() if n]
-    assert "".join(found) == written.things[0].name  # left to right, slot by slot
+    string, here = written.things[0], written.labels[..., canvas.NAME] == canvas.WRITING
+    assert here.any()
+    assert set(written.labels[here, canvas.COLOUR]) == {1 + list(material.COLOURS).index(string.colour)}
+    spelled = written.labels[..., canvas.SPELLED].reshape(-1, canvas.LONGEST)
+    assert ["".join(canvas.CHARACTERS[n - 1] for n in of if n) for of in spelled.T[: len(string.name)]] == [
+        *string.name
+    ]
+    assert written.labels[..., canvas.MIDDLE].sum() == 0
+
+
+def test_labels_say_what_stands_beside_a_digit():
+    """As the questions ask it, in each direction; nobody asks it of the photograph and of writing."""
+    asked = 0
+    for seed in range(12):
+        scene = tasks.picture_scene(np.random.default_rng(seed), "train", 192)
+        ours = scene.labels[..., canvas.BESIDE]
+        here = scene.labels[..., canvas.NAME]
+        assert (ours[(here == 0) | (here == canvas.WRITING)] == canvas.NOT_ASKED).all()
+        assert (ours[(here > 0) & (here < canvas.WRITING)] != canvas.NOT_ASKED).all()
+        for question in tasks.spatial_questions(scene):
+            relation, colour = question.text.split()[2], question.text.split()[-3]
+            thing = next(t for t in scene.of_kind("digit") if t.colour == colour)
+            cell = (slice(3 * thing.row, 3 * thing.row + 3), slice(3 * thing.column, 3 * thing.column + 3))
+            own = here[cell] == 1 + material.NUMBERS.index(thing.name)
+            named = ours[cell][own][:, list(scenes.RELATIONS).index(relation)]
+            answer = 1 + (*material.NUMBERS, *material.SHAPES).index(question.answer)
+            assert set(named) == {answer}
+            asked += 1
+    assert asked > 20
 
 
 @pytest.fixture(scope="module", params=architectures.FAMILIES)

@@ -1,6 +1,7 @@
 """How the readers are trained: the attention, the order of lessons, and processes that share the work."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from readers import (
     canvas,
     initial,
     lessons,
+    material,
     scenes,
+    sight,
     tasks,
     train,
 )
@@ -61,22 +64,68 @@ def test_patches_that_lie_side_by_side_begin_alike():
 
 
 def test_a_page_is_labelled_as_it_is_written():
-    """The thirds of a unit hold its characters from left to right."""
+    """Each character where its middle is, by its place in its string."""
     found = 0
     for seed in range(8):
         page = scenes.page(np.random.default_rng(seed), "train", 96, calm=1.0)
         assert page.pixels.shape == (96, 96, 3)
-        labels = page.labels[..., 2:]  # [6, 6, slots]
-        assert (page.labels[..., :2] == 0).all()
-        found += (labels > 0).sum()
+        assert set(np.unique(page.labels[..., canvas.NAME])) <= {0, canvas.WRITING}
+        assert (page.labels[..., canvas.COLOUR] > 0).any()
+        found += (page.labels[..., canvas.SPELLED] > 0).sum()
     assert found > 8 * 12  # several strings each
     alone = canvas.Canvas(np.zeros((32, 32, 3), np.float32))
-    for x, character in ((1, "a"), (7, "b"), (15, "c"), (16, "d"), (31.9, "e")):
-        alone.note_character(x, 8, character)
-    slots = [[canvas.CHARACTERS[n - 1] if n else "" for n in unit] for unit in alone.labels[0, :, 2:]]
-    assert slots == [["a", "b", "c"], ["d", "", "e"]]
-    alone.note_character(2, 8, "z")  # its third is taken, and so are those after it: there is no room
-    assert alone.labels[0, 0, 2] == 1 + canvas.CHARACTERS.index("a")
+    for place, (x, character) in enumerate(((1, "a"), (7, "b"), (16, "c"), (31.9, "d"))):
+        alone.note_character(x, 8, place, character)
+    spelled = alone.labels[0, :, canvas.SPELLED]
+    assert [[canvas.CHARACTERS[n - 1] if n else "" for n in unit] for unit in spelled] == [
+        ["a", "b", "", ""], ["", "", "c", "d"],
+    ]  # fmt: skip
+    alone.note_character(2, 8, 0, "z")  # another string's first character in the same unit
+    assert alone.labels[0, 0, canvas.SPELLED][0] == 1 + canvas.CHARACTERS.index("a")
+
+
+class Blank(nn.Module):
+    """A model whose encoder puts out what it is told to."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.config = SimpleNamespace(text_config=SimpleNamespace(hidden_size=width))
+        self.model = nn.Module()
+        self.model.visual = nn.Identity()
+
+
+@torch.no_grad()
+def test_sight_weighs_groups_and_what_is_there_alike():
+    torch.manual_seed(0)
+    model, count = Blank(24), 50
+    eye = sight.Sight(model)
+    labels = torch.tensor(canvas.nothing(5)).flatten(0, 1).repeat(2, 1)  # [50, LABELS]
+    labels[0] = torch.tensor([3, 2, 1, 0, 13, 0, 1, 4, 0, 36, 0])
+    labels[1] = torch.tensor([14, 7, -1, -1, -1, -1, 0, 0, 5, 0, 0])
+    seen = torch.randn(count, 24)
+    model.model.visual(seen)
+    loss, right = eye(labels)
+    scores, terms, start, hits, there = eye.head(seen), [], 0, 0, 0
+    for columns, values in (
+        (range(1), 15),
+        (range(1, 2), 8),
+        (range(2, 6), 14),
+        (range(6, 7), 2),
+        (range(7, 11), 37),
+    ):
+        each = {True: [], False: []}
+        for column in columns:
+            logits = scores[:, start : start + values]
+            start += values
+            for n in range(count):
+                if (target := int(labels[n, column])) >= 0:
+                    each[target > 0].append(-logits[n].log_softmax(0)[target])
+                    hits += int(target > 0 and logits[n].argmax() == target)
+                    there += target > 0
+        terms.append(sum(float(torch.stack(values).mean()) for values in each.values()))
+    assert start == scores.shape[1]
+    assert float(loss) == pytest.approx(sum(terms) / 5, rel=1e-5)
+    assert float(right) == pytest.approx(hits / there)
 
 
 @pytest.mark.parametrize(("side", "most"), [(96, 2), (128, 3), (192, 8)])
@@ -94,10 +143,23 @@ def test_signs_ask_for_each_colour_that_is_written_in_once(side, most):
             assert question.task == ""
 
 
-def test_signs_are_taught_last_and_not_tested():
-    signs = [row for kind, row in lessons.KINDS.items() if kind.name == "signs"]
-    assert signs
-    assert all(row[:3] == (0, 0, 0) and row[3] > 0 for row in signs)
+def test_short_strings_are_not_those_of_other_splits():
+    rng = np.random.default_rng(0)
+    drawn = {material.short(rng, "train") for _ in range(2000)}
+    assert {len(text) for text in drawn} == {1, 2}
+    assert {text for text in drawn if len(text) == 1} == set(canvas.CHARACTERS)
+    assert all(material.belongs(text, "train") for text in drawn if len(text) == 2)
+    assert {len(material.written(rng, "test")) for _ in range(200)} == {2, 3, 4}
+
+
+def test_signs_begin_short_and_are_not_tested():
+    lengths = [
+        np.mean([len(t.name) for seed in range(12)
+                 for t in scenes.signs(np.random.default_rng(seed), "train", 192, ease=ease).things])
+        for ease in (1.0, 0.0)
+    ]  # fmt: skip
+    assert lengths[0] <= 2 < lengths[1]
+    assert all(row[0] == 0 for kind, row in lessons.KINDS.items() if kind.name == "signs")
     item = tasks.held_out_item("text", "test", 0)
     assert item.questions[0].text == "what is written ?"
 
@@ -110,7 +172,7 @@ def test_writing_wider_than_its_cells_stays_in_the_picture():
         ink, _ = canvas.lettering(np.random.default_rng(seed), "train", wide.name)
         if 32 < ink.width <= 64:
             scenes._write(drawn, np.random.default_rng(seed), "train", wide, 32)
-            assert (drawn.labels[..., 2:] > 0).sum() == len(wide.name)
+            assert (drawn.labels[..., canvas.SPELLED] > 0).sum() == len(wide.name)
             break
     else:
         pytest.fail("no font is so wide")
@@ -125,7 +187,8 @@ class Nothing:
 
 def test_lessons_follow_from_seed_step_and_process():
     course = lessons.Lessons(Nothing(), 100, 0.2, seed=3)
-    assert [course.looking(step) for step in (0, 39, 40, 41, 42, 43, 44)] == [1, 1, 1, 0, 0, 0, 1]
+    assert all(course.looking(step) for step in range(35))
+    assert [course.looking(step) for step in (35, 36, 37, 40)] == [0, 1, 0, 1]
     for step in (5, 41):
         first, again = course[step], lessons.Lessons(Nothing(), 100, 0.2, seed=3)[step]
         other = lessons.Lessons(Nothing(), 100, 0.2, seed=3, process=1)[step]
@@ -138,8 +201,11 @@ def test_lessons_follow_from_seed_step_and_process():
 
 
 def test_difficulty_rises():
-    eases = [lessons.settings(done)[1] for done in (0.4, 0.45, 0.5, 0.9)]
-    assert eases == pytest.approx([1, 0.5, 0, 0])
+    for looking in (0.35, 0.1, 0.0):
+        asking = [
+            lessons.settings(looking + share * (1 - looking), looking)[1] for share in (0, 0.15, 0.3, 0.9)
+        ]
+        assert asking == pytest.approx([1, 0.5, 0, 0])
     for done in (0, 0.4, 0.6, 0.9):
         assert lessons.settings(done)[0].sum() == pytest.approx(1)
 

@@ -190,7 +190,7 @@ def charts(rng: np.random.Generator, kind: Kind, split: str, *, calm: float) -> 
 
 
 def sample(
-    rng: np.random.Generator, kind: Kind, split: str, *, ease: float = 0.0, most: int = 8
+    rng: np.random.Generator, kind: Kind, split: str, *, ease: float = 0.0, most: int = 16
 ) -> list[Item]:
     """Items of one kind with up to `most` questions each, drawn from a split.
 
@@ -208,7 +208,7 @@ def sample(
             pixels, labels = zip(*((scene.pixels, scene.labels) for scene in shown), strict=True)
             item = Item(pixels, None, tuple(tasks.several_questions(shown)), labels)
         elif kind.name == "signs":
-            scene = scenes.signs(rng, split, kind.side)
+            scene = scenes.signs(rng, split, kind.side, ease=ease)
             item = Item((scene.pixels,), None, tuple(tasks.writing_questions(scene)), (scene.labels,))
         else:
             scene = tasks.picture_scene(rng, split, kind.side, ease=ease)

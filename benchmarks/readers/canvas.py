@@ -11,8 +11,12 @@ from readers import material
 
 UNIT_PX = 16
 CHARACTERS = string.ascii_lowercase + string.digits
-SLOTS = 3
-LABELS = 2 + SLOTS
+LONGEST = 4  # characters of a string
+# What is noted of a unit.
+NAME, COLOUR, BESIDE, MIDDLE, SPELLED = 0, 1, slice(2, 6), 6, slice(7, 7 + LONGEST)
+LABELS = SPELLED.stop
+WRITING = 1 + len(material.NUMBERS) + len(material.SHAPES)  # the name of what is written
+NOT_ASKED = -1
 
 
 class Canvas:
@@ -20,19 +24,25 @@ class Canvas:
 
     Attributes:
         pixels: `[side, side, 3]` float32.
-        labels: `[side / 16, side / 16, LABELS]` int: the number of what is seen there (0 nothing, then
-            digits, then shapes), of its colour (0 none), and of the characters whose middles stand in its
-            left, middle and right third (0 none).
+        labels: `[side / 16, side / 16, LABELS]` int: `NAME` of what is seen there (0 nothing, then digits,
+            shapes, writing) and its `COLOUR` (0 none); what stands `BESIDE` it, left, right, above and
+            below (0 nothing, else the name); whether its `MIDDLE` is there; and `SPELLED`, for each place in
+            a string the character of that place whose middle is there (0 none).
     """
 
     def __init__(self, pixels: np.ndarray) -> None:
         units = len(pixels) // UNIT_PX
         self.pixels = pixels
-        self.labels = np.zeros((units, units, LABELS), np.int64)
+        self.labels = nothing(units)
         self._covered = np.full((units, units), 0.08)
+        self._owner = np.full((units, units), -1)
+        self._noted = 0
 
     def note(self, ink: np.ndarray, top: int, left: int, name: int, colour: int) -> None:
-        """Label the units that ink `[h, w]` covers more than other things do, and a little at least."""
+        """Label the units that ink `[h, w]` covers more than other things do, and a little at least.
+
+        Their `MIDDLE` is the one in which the ink's box has its own; of writing none is noted.
+        """
         side, units = len(self.pixels), len(self.labels)
         whole = np.zeros((side, side), np.float32)
         whole[top : top + len(ink), left : left + ink.shape[1]] = ink
@@ -40,16 +50,32 @@ class Canvas:
         cover = whole.reshape(units, UNIT_PX, units, UNIT_PX).mean((1, 3))
         more = cover > self._covered
         self._covered[more] = cover[more]
-        self.labels[more, :2] = name, colour
+        self._owner[more] = self._noted
+        self._noted += 1
+        self.labels[more, NAME], self.labels[more, COLOUR] = name, colour
+        if name != WRITING:
+            last = units - 1
+            y, x = top + len(ink) // 2, left + ink.shape[1] // 2
+            self.labels[min(y // UNIT_PX, last), min(x // UNIT_PX, last), MIDDLE] = 1
 
-    def note_character(self, x: float, y: float, character: str) -> None:
-        """Label the unit that holds a character's middle, in the slot of the third that holds it."""
+    def note_beside(self, number: int, names: tuple[int, ...]) -> None:
+        """Say of the units of what was noted as the `number`-th, from 0, what stands on its four sides."""
+        self.labels[self._owner == number, BESIDE] = names
+
+    def note_character(self, x: float, y: float, place: int, character: str) -> None:
+        """Label the unit that holds the middle of a string's character number `place`, from 0."""
         last = UNIT_PX * len(self.labels) - 1
         x, y = min(int(x), last), min(int(y), last)
-        slots = self.labels[y // UNIT_PX, x // UNIT_PX, 2:]
-        third = x % UNIT_PX * SLOTS // UNIT_PX
-        if free := [i for i in range(third, SLOTS) if not slots[i]]:  # two narrow ones may share a third
-            slots[free[0]] = 1 + CHARACTERS.index(character)
+        spelled = self.labels[y // UNIT_PX, x // UNIT_PX, SPELLED]
+        if not spelled[place]:  # or two strings meet in a unit
+            spelled[place] = 1 + CHARACTERS.index(character)
+
+
+def nothing(units: int) -> np.ndarray:
+    """Labels `[units, units, LABELS]` of an empty picture, in which nobody asks what is beside nothing."""
+    labels = np.zeros((units, units, LABELS), np.int64)
+    labels[..., BESIDE] = NOT_ASKED
+    return labels
 
 
 def background(rng: np.random.Generator, split: str, side: int) -> np.ndarray:
@@ -95,12 +121,14 @@ def lettering(rng: np.random.Generator, split: str, text: str) -> tuple[Image.Im
     return ink, font
 
 
-def put(canvas: Canvas, ink: Image.Image, font, text: str, x: int, y: int, colour: np.ndarray) -> None:
-    """Draw written ink with its corner at x and y, and label its characters."""
-    draw_ink(canvas.pixels, np.asarray(ink, np.float32) / 255, y, x, colour)
+def put(canvas: Canvas, ink: Image.Image, font, text: str, x: int, y: int, colour: str, rng) -> None:
+    """Draw written ink with its corner at x and y, and label it and its characters."""
+    shown = np.asarray(ink, np.float32) / 255
+    draw_ink(canvas.pixels, shown, y, x, shade(rng, colour))
+    canvas.note(shown, y, x, WRITING, 1 + list(material.COLOURS).index(colour))
     for i, character in enumerate(text):
         ahead, reached = (font.getlength(text[:n]) for n in (i, i + 1))
-        canvas.note_character(x + (ahead + reached) / 2, y + ink.height / 2, character)
+        canvas.note_character(x + (ahead + reached) / 2, y + ink.height / 2, i, character)
 
 
 def finish(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:

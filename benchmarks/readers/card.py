@@ -105,10 +105,13 @@ def weak_tasks(right: dict[str, float]) -> list[str]:
     ]
 
 
-def _began(source: str) -> str:
+def _began(source: str, name: str) -> str:
     if source == "random weights":
         return source
-    return f"random weights, its language\nmodel from that of `{source}`,"
+    folder, weights = source.split(", weights ")
+    if Path(folder).name == name:
+        return f"an earlier reader's\nweights (`{weights}`),"
+    return f"random weights, its language\nmodel from that of `{folder}` (weights `{weights}`),"
 
 
 def write(folder: Path) -> None:
@@ -130,7 +133,7 @@ def write(folder: Path) -> None:
         kind=config["architectures"][0],
         name=folder.name,
         state=state,
-        began=_began(noted["began from"]),
+        began=_began(noted["began from"], folder.name),
         video=VIDEO[config["model_type"]],
         pictures=PICTURES[config["model_type"]],
         millions=facts.pop("parameters") / 1e6,

@@ -8,6 +8,7 @@ a font or a written string belongs to one split only: nothing a reader is tested
 from __future__ import annotations
 
 import functools
+import string
 import zlib
 from pathlib import Path
 
@@ -101,12 +102,23 @@ def font_names(split: str) -> tuple[str, ...]:
     return _FONTS[split]
 
 
-def written(rng: np.random.Generator, split: str) -> str:
-    """A string to read: a pronounceable word of 3 or 4 letters or a number of 2 to 4 digits.
-
-    A string belongs to one split by its checksum: 70 % to train, 10 % to validation, 20 % to test.
-    """
+def belongs(text: str, split: str) -> bool:
+    """Whether a string is of a split, by its checksum: 70 % to train, 10 % to validation, 20 % to test."""
     lowest, highest = {"train": (0, 70), "validation": (70, 80), "test": (80, 100)}[split]
+    return lowest <= zlib.crc32(text.encode()) % 100 < highest
+
+
+def short(rng: np.random.Generator, split: str) -> str:
+    """One or two letters or digits, to learn to spell with; two are of the split, one is of all."""
+    kind = (string.ascii_lowercase, string.digits)[int(rng.random() < 0.3)]
+    while True:
+        text = "".join(rng.choice(list(kind), size=rng.integers(1, 3)))
+        if len(text) == 1 or belongs(text, split):
+            return text
+
+
+def written(rng: np.random.Generator, split: str) -> str:
+    """A string to read: a pronounceable word of 3 or 4 letters or a number of 2 to 4 digits, of a split."""
     while True:
         if rng.random() < 0.6:
             kinds = ("bcdfghjkmnprstvwz", "aeiouy")
@@ -115,5 +127,5 @@ def written(rng: np.random.Generator, split: str) -> str:
             text = "".join(letters)
         else:
             text = "".join(str(digit) for digit in rng.integers(10, size=rng.integers(2, 5)))
-        if lowest <= zlib.crc32(text.encode()) % 100 < highest:
+        if belongs(text, split):
             return text

@@ -6,15 +6,17 @@ real pictures. Things stand in the cells of a coarse grid, shifted a little: "le
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from readers import material
-from readers.canvas import LABELS, UNIT_PX, Canvas, background, draw_ink, finish, lettering, put, shade
+from readers.canvas import NAME, UNIT_PX, Canvas, background, draw_ink, finish, lettering, nothing, put, shade
 
 CELLS = {96: 2, 128: 3, 192: 4, 256: 5}  # cells a side of a picture of so many pixels
 WRITING = "writing"
+RELATIONS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,34 @@ class Clip:
     labels: np.ndarray
 
 
+def beside(things: Sequence[Thing], thing: Thing) -> dict[str, Thing]:
+    """The nearest of the other things in a thing's row or column of cells, by relation; writing is none."""
+    nearest: dict[str, tuple[int, Thing]] = {}
+    for other in things:
+        rows, columns = other.row - thing.row, other.column - thing.column
+        for relation, (down, across) in RELATIONS.items():
+            steps = rows * down + columns * across
+            aligned = rows == 0 if down == 0 else columns == 0
+            ahead = aligned and steps > 0 and other.kind != WRITING
+            if ahead and (relation not in nearest or steps < nearest[relation][0]):
+                nearest[relation] = steps, other
+    return {relation: nearest[relation][1] for relation in RELATIONS if relation in nearest}
+
+
+def _number(thing: Thing) -> int:
+    """A digit's or shape's name as `Canvas` notes it."""
+    return 1 + (*material.NUMBERS, *material.SHAPES).index(thing.name)
+
+
+def _relate(canvas: Canvas, things: Sequence[Thing]) -> None:
+    """Note on each of the things, drawn in their order, what stands beside it."""
+    for number, thing in enumerate(things):
+        if thing.kind != WRITING:
+            found = beside(things, thing)
+            names = (_number(found[side]) if side in found else 0 for side in RELATIONS)
+            canvas.note_beside(number, tuple(names))
+
+
 def _draw(canvas: Canvas, rng, split, thing: Thing, cell: int) -> None:
     if thing.kind == WRITING:
         _write(canvas, rng, split, thing, cell)
@@ -80,12 +110,11 @@ def _draw(canvas: Canvas, rng, split, thing: Thing, cell: int) -> None:
         which = int(rng.integers(len(material.digits(split)[number])))
         ink = material.ink(split, number, which, size)
     else:
-        number = len(material.NUMBERS) + material.SHAPES.index(thing.kind)
         ink = material.shape_ink(thing.kind, size)
     top = thing.row * cell + int(rng.integers(cell - size + 1))
     left = thing.column * cell + int(rng.integers(cell - size + 1))
     draw_ink(canvas.pixels, ink, top, left, shade(rng, thing.colour))
-    canvas.note(ink, top, left, 1 + number, 1 + list(material.COLOURS).index(thing.colour))
+    canvas.note(ink, top, left, _number(thing), 1 + list(material.COLOURS).index(thing.colour))
 
 
 def _write(canvas: Canvas, rng, split, thing: Thing, cell: int) -> None:
@@ -95,7 +124,7 @@ def _write(canvas: Canvas, rng, split, thing: Thing, cell: int) -> None:
     y = thing.row * cell + int(rng.integers(max(1, cell - height + 1)))
     x = thing.column * cell + int(rng.integers(max(1, 2 * cell - width + 1)))
     x = min(x, len(canvas.pixels) - width)  # wide letters may be wider than two small cells
-    put(canvas, ink, font, thing.name, x, y, shade(rng, thing.colour))
+    put(canvas, ink, font, thing.name, x, y, thing.colour, rng)
 
 
 def _colours(rng: np.random.Generator, count: int) -> list[str]:
@@ -137,13 +166,17 @@ def picture(
     canvas = Canvas(background(rng, split, side))
     for thing in things:
         _draw(canvas, rng, split, thing, cell)
+    _relate(canvas, things)
     return Scene(finish(canvas.pixels, rng), tuple(things), canvas.labels)
 
 
-def signs(rng: np.random.Generator, split: str, side: int) -> Scene:
+def signs(rng: np.random.Generator, split: str, side: int, *, ease: float = 0.0) -> Scene:
     """A picture with writing in each row of cells and wherever two cells side by side are left, for training.
 
     No two have the same colour, as long as there are colours.
+
+    Args:
+        ease: share of the writings that are one or two characters long, a quarter at least.
     """
     cells = CELLS[side]
     canvas = Canvas(background(rng, split, side))
@@ -152,7 +185,9 @@ def signs(rng: np.random.Generator, split: str, side: int) -> Scene:
     for row in range(cells):
         for column in range(int(rng.integers(cells % 2 + 1)), cells - 1, 2):
             colour = colours[len(things) % len(colours)]
-            things.append(Thing(WRITING, material.written(rng, split), colour, row, column))
+            brief = rng.random() < max(ease, 0.25)
+            string = (material.short if brief else material.written)(rng, split)
+            things.append(Thing(WRITING, string, colour, row, column))
     for thing in things:
         _draw(canvas, rng, split, thing, side // cells)
     return Scene(finish(canvas.pixels, rng), tuple(things), canvas.labels)
@@ -180,6 +215,7 @@ def chart(rng: np.random.Generator, split: str, side: int, *, calm: float) -> Sc
             _draw(canvas, rng, split, thing, cell)
             things.append(thing)
             column += 1
+    _relate(canvas, things)
     return Scene(finish(canvas.pixels, rng), tuple(things), canvas.labels)
 
 
@@ -194,8 +230,7 @@ def page(rng: np.random.Generator, split: str, side: int, *, calm: float) -> Sce
             string = material.written(rng, split)
             ink, font = lettering(rng, split, string)
             if x + ink.width <= side and y + ink.height <= side:
-                colour = shade(rng, str(rng.choice(list(material.COLOURS))))
-                put(canvas, ink, font, string, x, y, colour)
+                put(canvas, ink, font, string, x, y, str(rng.choice(list(material.COLOURS))), rng)
                 tallest = max(tallest, ink.height)
             x += ink.width + int(rng.integers(4, 24))
         y += tallest + int(rng.integers(1, 10))
@@ -216,14 +251,14 @@ def clip(rng: np.random.Generator, split: str, side: int, *, frames: int, digits
     starts = np.sort(rng.permutation(frames // 2)[:digits]) * 2
     still = background(rng, split, side)
     video = np.repeat(still[None], frames, 0)
-    labels = np.zeros((frames, side // UNIT_PX, side // UNIT_PX, LABELS), np.int64)
+    labels = np.repeat(nothing(side // UNIT_PX)[None], frames, 0)
     things = []
     for place, name, colour, start in zip(places, names, colours, starts, strict=True):
         thing = Thing("digit", str(name), str(colour), int(place) // cells, int(place) % cells)
         drawn = Canvas(still.copy())
         _draw(drawn, rng, split, thing, cell)
         changed = np.any(drawn.pixels != still, axis=-1)  # only its own pixels: others may be on screen
-        seen = drawn.labels[..., 0] > 0
+        seen = drawn.labels[..., NAME] > 0
         end = int(start) + 2 * int(rng.integers(1, 3))
         for frame in range(int(start), min(end, frames)):
             video[frame][changed] = drawn.pixels[changed]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,6 +34,11 @@ def write(
     metadata = {"groups": groups, "about": json.dumps(about, allow_nan=False)}
     # Cloned, as tied weights share memory, which safetensors does not write.
     save_file({name: x.detach().cpu().clone() for name, x in tensors.items()}, path, metadata)
+
+
+def fingerprint(folder: Path) -> str:
+    """What tells a checkpoint's weights from all others."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 
 def about(path: Path) -> dict[str, Any]:

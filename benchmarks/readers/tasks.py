@@ -23,7 +23,6 @@ from readers.scenes import Scene, Thing
 
 TASKS = ("find", "spatial", "count", "text", "several", "video")
 ORDINALS = ("first", "second", "third", "fourth")
-RELATIONS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
 _ASKED = (
     "which", "digit", "is", "?", "what", "colour", "the", "left", "of", "right", "above", "below", "how",
     "many", "digits", "are", "there", "written", "in", "picture", "order", "did", "appear", "appeared",
@@ -78,20 +77,12 @@ def find_questions(scene: Scene) -> list[Question]:
 
 def spatial_questions(scene: Scene) -> list[Question]:
     """What stands next to a digit in its row or column of cells: the nearest thing, writing aside."""
-    things = [thing for thing in scene.things if thing.kind != scenes.WRITING]
     questions = []
     for thing in _alone(scene.of_kind("digit"), "colour"):
-        for relation, (down, across) in RELATIONS.items():
-            ahead = {}
-            for other in things:
-                rows, columns = other.row - thing.row, other.column - thing.column
-                steps = rows * down + columns * across
-                if steps > 0 and (rows == 0 if down == 0 else columns == 0):
-                    ahead[steps] = other.name
-            if ahead:
-                where = f"{relation} of" if down == 0 else relation
-                text = f"what is {where} the {thing.colour} digit ?"
-                questions.append(Question("spatial", text, ahead[min(ahead)]))
+        for relation, other in scenes.beside(scene.things, thing).items():
+            where = relation if relation in ("above", "below") else f"{relation} of"
+            text = f"what is {where} the {thing.colour} digit ?"
+            questions.append(Question("spatial", text, other.name))
     return questions
 
 

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import illava  # noqa: E402
 from readers import architectures, attention, batches, card, states, tasks  # noqa: E402
-from readers.lessons import KINDS, Lessons  # noqa: E402
+from readers.lessons import KINDS, LOOKING, Lessons  # noqa: E402
 from readers.sight import Sight  # noqa: E402
 
 OTHERS = 0.2  # learning rate of what is no matrix of a block or layer, as a share of theirs
@@ -138,12 +138,18 @@ def parse() -> argparse.Namespace:
     add("--steps", type=int, default=20_000, help="optimizer steps of the whole run")
     add("--learning-rate", type=float, default=2e-3, help="the highest")
     add("--size", type=float, default=1.0, help="factor on the items of a batch")
+    add("--looking", type=float, default=LOOKING, help="share of the steps before anything is asked")
     add("--seed", type=int, default=0, help="of weights and pictures")
     add("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     add("--workers", type=int, default=0, help="processes that draw pictures, for a GPU")
     add("--every", type=int, default=250, help="steps between validations, saved states and checkpoints")
     add("--start-from", type=Path, help="checkpoint whose weights of equal shape to begin with")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if not 0 <= options.looking < 1:
+        parser.error(
+            f"--looking {options.looking:g} leaves no step for questions; give a share from 0 to below 1"
+        )
+    return options
 
 
 def main() -> None:
@@ -171,7 +177,7 @@ def main() -> None:
     composer = batches.Composer(copy.deepcopy(average).to("meta"), processor)
     if not process:
         note(out, options, model, device)
-    course = Lessons(composer, steps, options.size, options.seed, process)
+    course = Lessons(composer, steps, options.size, options.seed, process, options.looking)
     drawn = DataLoader(
         course,
         batch_size=None, sampler=range(step, steps), num_workers=options.workers,
@@ -226,12 +232,15 @@ def average_gradients(weights: list[nn.Parameter]) -> None:
 
 def note(out: Path, options: argparse.Namespace, model: nn.Module, device: torch.device) -> None:
     """Write down how this run was asked for, and what with."""
-    threads = torch.get_num_threads()
+    threads, began = torch.get_num_threads(), "random weights"
+    if options.start_from:
+        began = f"{options.start_from}, weights {states.fingerprint(options.start_from)}"
     noted = {
         "parameters": sum(weight.numel() for weight in model.parameters()),
-        "seed": options.seed, "steps asked for": options.steps, "factor on batches": options.size,
+        "seed": options.seed, "steps asked for": options.steps, "of which looking": options.looking,
+        "factor on batches": options.size,
         "highest learning rate": options.learning_rate,
-        "began from": str(options.start_from or "random weights"),
+        "began from": began,
         "processes": distributed.get_world_size() if distributed.is_initialized() else 1,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {threads} threads",
         "torch": torch.__version__, "transformers": transformers.__version__,
