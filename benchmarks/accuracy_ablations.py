@@ -10,6 +10,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from accuracy_rules import RULES, in_encoder, keeping
+
 from illava import Plan
 from illava.families.seams import Seams
 from illava.plan import LLM_PAPER, VIT_PAPER
@@ -46,6 +48,9 @@ GROUPS: dict[str, dict[str, Maker]] = {
         "rule: prune": partial(_default, merge="prune"),
         "rule: linear": partial(_default, merge="linear"),
         "rule: recycle": partial(_default, merge="recycle"),
+        **{f"rule: {name}": partial(_default, **settings) for name, settings in RULES.items()},
+        "rule: bipartite in the encoder": partial(_default, vit_merge="bipartite"),
+        "rule: greedy in the encoder": partial(_default, **in_encoder(RULES["greedy"])),
     },
     "encoder share": {  # figure 6
         f"encoder share {share}": partial(_default, encoder_share=share)
@@ -54,6 +59,7 @@ GROUPS: dict[str, dict[str, Maker]] = {
     "layers": {
         "encoder 1, 2, 3": partial(_default, vit_layers=(1, 2, 3)),
         "encoder 1, 3, 5": partial(_default, vit_layers=(1, 3, 5)),
+        "encoder 2": partial(_default, vit_layers=(2,)),
         "encoder 3": partial(_default, vit_layers=(3,)),
         "encoder 3, 5": partial(_default, vit_layers=(3, 5)),
         "encoder 5": partial(_default, vit_layers=(5,)),
@@ -67,7 +73,14 @@ GROUPS: dict[str, dict[str, Maker]] = {
         "paper's layers, whole picture": partial(_paper, window_score="picture"),
     },
     "recycled": {
-        f"recycled {share}": partial(_default, recycled=share) for share in (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+        **{
+            f"recycled {share}": partial(_default, recycled=share)
+            for share in (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+        },
+        **{
+            f"recycled {share}, keeping 0.8 of itself": partial(_default, **keeping(0.8, share))
+            for share in (0.05, 0.3)
+        },
     },
     "members": {f"members {count}": partial(_default, members=count) for count in (2, 3, 5, 8, 12)},
     "score": {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from torch import nn
 
 import illava
 from illava import Plan
-from readers import architectures, batches, tasks
+from readers import architectures, batches, states, tasks
 from readers.tasks import Item
 from rivals import RIVALS, Rival, area, match_compute
 
@@ -79,8 +78,8 @@ def load(folder: Path, device: torch.device) -> Reader:
         folder, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, use_safetensors=True
     )
     processor = transformers.AutoProcessor.from_pretrained(folder)
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
-    return Reader(folder.name, model.to(device).eval(), batches.Composer(model, processor), digest)
+    composer = batches.Composer(model, processor)
+    return Reader(folder.name, model.to(device).eval(), composer, states.fingerprint(folder))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image as PIL
 
-import illava.candidates
 from contract import tools
 from rivals import ABSENT, RIVALS, area, match_compute
 from rivals import aim as aim_file
@@ -21,7 +20,8 @@ from zoo.common import Image
 
 FAMILIES = ("qwen2_5_vl", "internvl")
 PATCHING = [name for name, rival in RIVALS.items() if rival.plan_of is not None]
-EXACT = [name for name in PATCHING if name not in ("illava", "illava paper", "illava later", "random")]
+OURS = ["illava", "illava paper", "illava later", "illava bipartite"]
+EXACT = [name for name in PATCHING if name not in (*OURS, "random")]
 ONE = {"qwen2_5_vl": [[5, Image(140, 168, 1), 7]], "internvl": [[4, Image(100, 90, 3), 6]]}
 each_family = pytest.mark.parametrize("family", FAMILIES)
 each_patching = pytest.mark.parametrize("name", PATCHING)
@@ -36,15 +36,7 @@ def one(family):
 
 def watched(model, inputs, monkeypatch, name, ratio):
     """Every merge of a call: what was to choose from, and the decision."""
-    seen = []
-
-    def decide(c, settings):
-        decision = illava.candidates.decide(c, settings)
-        seen.append((c, decision))
-        return decision
-
-    monkeypatch.setattr("illava.vision.decide", decide)
-    monkeypatch.setattr("illava.language.decide", decide)
+    seen = tools.watch_decisions(monkeypatch)
     with RIVALS[name].patch(model, final_ratio=ratio):
         tools.forward(model, inputs)
     return seen
@@ -192,7 +184,7 @@ def test_generating_goes_on_from_what_is_left(family, name):
 def test_the_table():
     first = ["unpatched", "random", "smaller picture", "average pooling", "FastV", "PyramidDrop", "SparseVLM"]
     then = ["VisionZip", "FasterVLM", "DivPrune", "LLaVA-PruMerge+", "ToMe", "AIM", "FEATHER"]
-    assert list(RIVALS) == [*first, *then, "illava", "illava paper", "illava later"]
+    assert list(RIVALS) == [*first, *then, *OURS]
     assert list(ABSENT) == ["AdaFV"]
     assert all(rival.source and rival.stages for rival in RIVALS.values())
 

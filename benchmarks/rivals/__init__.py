@@ -50,6 +50,7 @@ RIVALS: dict[str, Rival] = {
         ours.ILLAVA,
         ours.PAPER,
         ours.LATER,
+        ours.BIPARTITE,
     )
 }
 ABSENT: dict[str, str] = {"AdaFV": adafv.REASON}
