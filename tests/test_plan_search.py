@@ -1,5 +1,6 @@
 """The search for a plan: against rules whose cheapest plan is known, and on a model that sees."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 import illava
 from illava import evaluate, jobs
 from illava.evaluate.by_agreement import DEFAULTS, Cheapest
+from illava.evaluate.by_cost import as_fast_as, as_few_as
 from illava.evaluate.found import BEST, DEFAULT
 from illava.evaluate.judge import Judge
 from illava.evaluate.prompts import decoded
@@ -56,7 +58,8 @@ def late_and_mild(candidate):
 
 def cheapest_by_hand(space, rule):
     """Every candidate of the space, one after the other."""
-    encoder = [Candidate(x, (), e, e) for x in space.encoder_layers for e in ENCODER_REMOVES]
+    ways = [(x, rule) for x in space.encoder_layers for rule in (None, "bipartite")]
+    encoder = [Candidate(x, (), e, e, rule) for x, rule in ways for e in ENCODER_REMOVES]
     totals = dict.fromkeys([*TOTALS, *DEFAULTS[:5]])
     decoder = [Candidate((), x, 0.0, r) for x in space.decoder_layers for r in totals]
     return min((c for c in space.joined(encoder, decoder) if rule(c)), key=space.cost)
@@ -73,6 +76,37 @@ def test_the_cheapest_plan_that_holds_is_found(loaded, trials):
     assert search.as_strong.plan.reduction == expected.reduction
     assert search.as_strong.agreement.value == 0
     assert len(judge.asked) < 80, "not all of them"
+
+
+def test_units_most_alike_are_merged_where_that_alone_holds(loaded, trials):
+    """In block 1, and beside the decoder, whose rule it leaves alone."""
+
+    def alike(candidate):
+        by_likeness = candidate.vit_merge == "bipartite" and candidate.vit_layers == (1,)
+        return (by_likeness or not candidate.vit_layers) and (not candidate.llm_layers or late(candidate))
+
+    def late(candidate):
+        return min(candidate.llm_layers) >= 2 and candidate.reduction <= 0.889
+
+    judge = Ruled(loaded, *trials, alike)
+    search = Cheapest(judge, 0.9)
+    search.run()
+    plan = search.best.plan
+    assert plan == cheapest_by_hand(judge.space, alike).plan
+    assert (plan.vit_layers, plan.vit_merge, plan.merge) == ((1,), "bipartite", "recycle")
+    assert plan.llm_layers
+    assert search.as_strong.plan.vit_merge is None, "the default layers merge as they do"
+
+
+def test_a_given_cost_is_met_with_either_rule(loaded, items):
+    """Of the same layers and shares, which then cost the same."""
+    judge = Judge(loaded, *[Trials(loaded, items[:1], 1, 1)] * 2, lambda *_: None)
+    for found in (as_fast_as(1.3, judge.space), as_few_as(9, judge.largest, judge.space)):
+        rules = [{c for c in found if c.vit_layers and c.vit_merge == rule} for rule in (None, "bipartite")]
+        assert {replace(c, vit_merge="bipartite") for c in rules[0]} == rules[1]
+        assert rules[1]
+        assert all(c.vit_merge is None for c in found if not c.vit_layers)
+        assert len(found) == len(set(found))
 
 
 def test_the_default_layers_are_compared_where_they_agree(loaded, trials):

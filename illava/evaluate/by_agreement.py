@@ -1,10 +1,10 @@
 """The cheapest plan under which enough answers stay exactly the same.
 
-For each set of encoder blocks alone, and of decoder layers alone, the strongest merging that holds is found;
-a plan that fails is given up as soon as it has changed too many answers, so most cost a batch. Then plans of
-both stages are tried, the cheapest first, on the assumption that what fails alone fails together. The first
-that holds is tried again on data that had no part in the search, since the best of many looks better than it
-is; if it fails there, the search goes on."""
+For each set of encoder blocks alone, with each rule, and of decoder layers alone, the strongest merging that
+holds is found; a plan that fails is given up as soon as it has changed too many answers, so most cost a batch.
+Then plans of both stages are tried, the cheapest first, on the assumption that what fails alone fails together.
+The first that holds is tried again on data that had no part in the search, since the best of many looks better
+than it is; if it fails there, the search goes on."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def _and_milder(strongest: Sequence[Candidate]) -> list[Candidate]:
         found.append(one)
         if one.vit_layers:
             milder = [e for e in ENCODER_REMOVES if e < one.encoder_removes]
-            found += [Candidate(one.vit_layers, (), e, e) for e in milder]
+            found += [Candidate(one.vit_layers, (), e, e, one.vit_merge) for e in milder]
         else:
             found += [Candidate((), one.llm_layers, 0.0, r) for r in DEFAULTS[:5] if r < one.reduction]
     return found

@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from illava.errors import NoPlanError
 from illava.evaluate.found import Choice
 from illava.evaluate.judge import Judge
-from illava.evaluate.search_space import ENCODER_REMOVES, Candidate, Space
+from illava.evaluate.search_space import ENCODER_REMOVES, Candidate, Layers, Rule, Space
 
 SURVIVE = 3  # one of so many goes on
 _FINE = tuple(round(0.30 + 0.01 * step, 2) for step in range(69))  # 0.30 to 0.98
@@ -26,11 +25,11 @@ def as_fast_as(speedup: float, space: Space) -> list[Candidate]:
         NoPlanError: none is as fast.
     """
     found = []
-    for vit, removes, llm in _pairs(space):
+    for vit, rule, removes, llm in _pairs(space):
         for reduction in _FINE:
             if reduction <= removes and llm:
                 continue
-            one = Candidate(vit, llm, removes if llm else reduction, reduction)
+            one = Candidate(vit, llm, removes if llm else reduction, reduction, rule)
             if space.cost(one) <= 1 / speedup:
                 found.append(one)
                 break
@@ -52,19 +51,21 @@ def as_few_as(tokens: int, largest: int, space: Space) -> list[Candidate]:
         )
     reduction = min(0.999, math.ceil(reduction * 1000 + 2) / 1000)  # rounding to whole tokens adds a few
     found = [
-        Candidate(vit, llm, removes if llm else reduction, reduction)
-        for vit, removes, llm in _pairs(space)
+        Candidate(vit, llm, removes if llm else reduction, reduction, rule)
+        for vit, rule, removes, llm in _pairs(space)
         if not llm or removes < reduction
     ]
     return list(dict.fromkeys(found))
 
 
-def _pairs(space: Space) -> Iterable[tuple[Any, float, Any]]:
-    """Sets of both stages or one, and what the encoder removes."""
-    for vit in ((), *space.encoder_layers):
-        for removes in ENCODER_REMOVES[1::2] if vit else (0.0,):
-            for llm in (*space.decoder_layers, ()) if vit else space.decoder_layers:
-                yield vit, removes, llm
+def _pairs(space: Space) -> Iterable[tuple[Layers, Rule, float, Layers]]:
+    """Sets of both stages or one, the encoder's rule, and what it removes."""
+    for llm in space.decoder_layers:
+        yield (), None, 0.0, llm
+    for vit, rule in space.encoder_ways:
+        for removes in ENCODER_REMOVES[1::2]:
+            for llm in (*space.decoder_layers, ()):
+                yield vit, rule, removes, llm
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from illava.evaluate.loading import Loaded
 from illava.families import family_of
@@ -23,6 +23,10 @@ _DECODER_PLACES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2)
 _ENCODER_PLACES = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
 
 Layers = tuple[Any, ...]
+Rule = Literal["bipartite"] | None
+# How the encoder merges: as the default does, which the decoder does always, or by likeness. Where both hold,
+# which cost the same, the default is taken.
+_RULES: tuple[Rule, ...] = (None, "bipartite")
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,14 @@ class Candidate:
         vit_layers, llm_layers: where it merges.
         encoder_removes: share of the visual tokens that the encoder removes.
         reduction: share that is gone after the last merge.
+        vit_merge: the encoder's rule, where it is not the default.
     """
 
     vit_layers: Layers
     llm_layers: Layers
     encoder_removes: float
     reduction: float
+    vit_merge: Rule = None
 
     @property
     def plan(self) -> Plan:
@@ -46,7 +52,7 @@ class Candidate:
         share = Plan().encoder_share
         if self.vit_layers and self.llm_layers and self.reduction:  # one stage alone removes everything
             share = round(self.encoder_removes / self.reduction, 4)
-        return Plan(self.vit_layers, self.llm_layers, self.reduction, share)
+        return Plan(self.vit_layers, self.llm_layers, self.reduction, share, vit_merge=self.vit_merge)
 
     @property
     def parts(self) -> tuple[Candidate, ...]:
@@ -54,9 +60,8 @@ class Candidate:
         if not (self.vit_layers and self.llm_layers):
             return ()
         removed = self.encoder_removes
-        return Candidate(self.vit_layers, (), removed, removed), Candidate(
-            (), self.llm_layers, 0.0, self.reduction
-        )
+        encoder = Candidate(self.vit_layers, (), removed, removed, self.vit_merge)
+        return encoder, Candidate((), self.llm_layers, 0.0, self.reduction)
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,11 @@ class Space:
         sets += [pair for pair in zip(inner, inner[1:], strict=False)]
         return list(dict.fromkeys([*sets, (OUTPUT,)]))
 
+    @property
+    def encoder_ways(self) -> list[tuple[Layers, Rule]]:
+        """Sets of encoder blocks, each with every rule."""
+        return [(layers, rule) for layers in self.encoder_layers for rule in _RULES]
+
     @cached_property
     def decoder_layers(self) -> list[Layers]:
         """Sets of decoder layers: the default, single layers, the default moved up."""
@@ -123,8 +133,8 @@ class Space:
         return list(dict.fromkeys([self.seams.llm_default, *((layer,) for layer in places), later]))
 
     def encoder_only(self) -> list[list[Candidate]]:
-        """For each set of blocks, from the strongest to the mildest."""
-        return [[Candidate(x, (), e, e) for e in ENCODER_REMOVES] for x in self.encoder_layers]
+        """For each set of blocks and rule, from the strongest to the mildest."""
+        return [[Candidate(x, (), e, e, rule) for e in ENCODER_REMOVES] for x, rule in self.encoder_ways]
 
     def decoder_only(self) -> list[list[Candidate]]:
         """For each set of layers, from the strongest to the mildest."""
@@ -133,7 +143,7 @@ class Space:
     def joined(self, encoder: Sequence[Candidate], decoder: Sequence[Candidate]) -> list[Candidate]:
         """Plans of both stages from plans of one, and these themselves; the cheapest first."""
         found = [
-            Candidate(e.vit_layers, d.llm_layers, e.encoder_removes, d.reduction)
+            Candidate(e.vit_layers, d.llm_layers, e.encoder_removes, d.reduction, e.vit_merge)
             for e in encoder
             for d in decoder
             if d.reduction > e.encoder_removes
