@@ -1,10 +1,10 @@
 """The cheapest plan under which enough answers stay exactly the same.
 
-For each set of encoder blocks alone, with each rule, and of decoder layers alone, the strongest merging that
-holds is found; a plan that fails is given up as soon as it has changed too many answers, so most cost a batch.
-Then plans of both stages are tried, the cheapest first, on the assumption that what fails alone fails together.
-The first that holds is tried again on data that had no part in the search, since the best of many looks better
-than it is; if it fails there, the search goes on."""
+For each set of encoder blocks alone, with each rule, and of decoder layers alone, the strongest merging
+that holds is found; a plan that fails is given up as soon as it has changed too many answers, so most cost
+a batch. Then plans of both stages are tried, the cheapest first, on the assumption that what fails alone
+fails together. The first that holds is tried again on data that had no part in the search, since the best
+of many looks better than it is; if it fails there, the search goes on."""
 
 from __future__ import annotations
 
