@@ -10,6 +10,7 @@ wrong of every item; what is there already is not measured again, so a stopped r
     python benchmarks/accuracy.py                                        # the README's tables: a GPU, or days
     python benchmarks/accuracy.py --methods ablations --split validation # the choice of defaults
     python benchmarks/accuracy.py --show                                 # tables and plots of what is there
+    python benchmarks/accuracy_prefill.py                                # time and operations, for its tables
 
 Defaults are chosen on the validation split; tables of methods are of the test split.
 """
@@ -27,7 +28,7 @@ import torch
 from accuracy_ablations import GROUPS, PLANS
 from accuracy_measure import BUDGETS, Cell, Reader, load, measure, pack, ready, versions
 from accuracy_page import BEGIN, END, page, readme_block
-from accuracy_show import plots, tables
+from accuracy_show import plots, read, tables
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -93,12 +94,10 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
 def done(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
     """The rows of a CSV by what they measure; of several, the one of most items."""
     found: dict[tuple[str, ...], dict[str, str]] = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                key = tuple(row[name] for name in COLUMNS[:6])
-                if key not in found or int(row["items"]) >= int(found[key]["items"]):
-                    found[key] = row
+    for row in read(path):
+        key = tuple(row[name] for name in COLUMNS[:6])
+        if key not in found or int(row["items"]) >= int(found[key]["items"]):
+            found[key] = row
     return found
 
 
@@ -158,12 +157,13 @@ def main() -> None:
         console.print(f"stopped; {options.out} holds what was measured, the same command goes on")
         sys.exit(130)
     rows = list(done(options.out).values())
-    tables(console, rows)
+    prefills = read(options.out.with_name(f"{options.out.stem}_prefill.csv"))
+    tables(console, rows, prefills)
     if options.readme:
         text = (ROOT / "README.md").read_text()
         before, after = text.split(BEGIN)[0], text.split(END)[1]
-        (ROOT / "README.md").write_text(before + readme_block(rows) + after)
-        (ROOT / "docs/accuracy.md").write_text(page(rows))
+        (ROOT / "README.md").write_text(before + readme_block(rows, prefills) + after)
+        (ROOT / "docs/accuracy.md").write_text(page(rows, prefills))
     plots(rows, options.out.with_suffix(""))
 
 

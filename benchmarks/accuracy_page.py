@@ -37,10 +37,10 @@ TITLES = {
 }
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[Row], prefills: Sequence[Row] = ()) -> str:
     """A table for each reader, split, budget and reduction."""
     parts = []
-    for title, header, body in lines(rows):
+    for title, header, body in lines(rows, prefills):
         parts += [f"**{title}**", ""]
         parts += [f"| {' | '.join(header)} |", "|---" + "|---:" * (len(header) - 1) + "|"]
         parts += [f"| {' | '.join(cells)} |" for cells in body] + [""]
@@ -81,7 +81,23 @@ def notes(rows: Sequence[Row]) -> list[str]:
     return [f"{said}; asked {', '.join(sorted(of))}" if of else said for said, of in sorted(found.items())]
 
 
-def readme_block(rows: Sequence[Row]) -> str:
+def timed_with(prefills: Sequence[Row]) -> list[str]:
+    """A paragraph on the batches, rounds and threads of the times, if there are any."""
+    if not prefills:
+        return []
+    batches = sorted({f"{row['batch']} items of {row['task']}" for row in prefills})
+    rounds, threads = ({int(row[name]) for row in prefills} for name in ("rounds", "threads"))
+    at_once = f"{max(threads)} thread{'s' if max(threads) > 1 else ''}"
+    times = "each once" if max(rounds) == 1 else f"the median of {max(rounds)} rounds in turns"
+    said = (
+        f"`operations` are of a prefill's matrix products, `first token` is how many times sooner it comes, "
+        f"{times} ({' or '.join(batches)} a batch, {at_once}, float32; quartiles are in "
+        "`benchmarks/results/accuracy_prefill.csv`)."
+    )
+    return [said, ""]
+
+
+def readme_block(rows: Sequence[Row], prefills: Sequence[Row] = ()) -> str:
     """What stands between the README's markers, both included: the test split at equal final tokens.
 
     The reductions in `SHOWN` of the first reader are there to see, the others and other readers fold out.
@@ -92,7 +108,8 @@ def readme_block(rows: Sequence[Row]) -> str:
     unpatched = [row for row in asked if float(row["reduction"]) == 0]
     readers = sorted({row["reader"] for row in asked})
     first = [row for row in asked if row["reduction"] in SHOWN and row["reader"] == readers[0]]
-    parts = [BEGIN, measured_with(asked), "", *weak(asked), markdown([*unpatched, *first])]
+    parts = [BEGIN, measured_with(asked), "", *timed_with(prefills), *weak(asked)]
+    parts.append(markdown([*unpatched, *first], prefills))
     for reader in readers:
         own = [row for row in asked if row["reader"] == reader]
         folded = [row for row in own if row not in first and row not in unpatched]
@@ -101,17 +118,18 @@ def readme_block(rows: Sequence[Row]) -> str:
                 f"{float(share):.1%}" for share in sorted({row["reduction"] for row in folded})
             )
             parts += [f"<details><summary>{reader}, {removed} removed</summary>", ""]
-            parts += [markdown([*unpatched, *folded]), "</details>", ""]
+            parts += [markdown([*unpatched, *folded], prefills), "</details>", ""]
     return "\n".join([*parts, *notes(asked), END])
 
 
-def page(rows: Sequence[Row]) -> str:
+def page(rows: Sequence[Row], prefills: Sequence[Row] = ()) -> str:
     """docs/accuracy.md: the test split at both budgets, then the ablations on the validation split."""
     test = [row for row in rows if row["split"] == "test"]
     validation = [row for row in rows if row["split"] == "validation"]
     parts = [INTRO]
     if test:
-        parts += ["## Methods", "", measured_with(test), "", *weak(test), markdown(test)]
+        parts += ["## Methods", "", measured_with(test), "", *timed_with(prefills), *weak(test)]
+        parts.append(markdown(test, prefills))
         parts += [*notes(test), ""] if notes(test) else []
     if validation:
         parts += [

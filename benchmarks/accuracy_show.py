@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,9 +57,25 @@ def groups(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], dict[str, dic
     return dict(sorted(found.items()))
 
 
-def lines(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Every table: its title, its header and its rows, best method first."""
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV; none if there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def lines(rows: Sequence[Row], prefills: Sequence[Row] = ()) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Every table: its title, its header and its rows, best method first.
+
+    Args:
+        rows: of accuracy.py.
+        prefills: of accuracy_prefill.py; tables of the test split they know of have two columns more.
+    """
     grouped, made = groups(rows), []
+    saved: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in prefills:
+        saved.setdefault((row["reader"], row["budget"], row["reduction"]), {})[row["method"]] = row
     for (reader, split, budget, reduction), methods in grouped.items():
         base = grouped.get((reader, split, "tokens", "0.0000"), {}).get("unpatched", {})
         if float(reduction) == 0 or not base:
@@ -69,15 +86,26 @@ def lines(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
         title = f"{reader}, {split} split, {float(reduction):.1%} removed, {matched}"
         header = ["method", *shown, "kept", "compute"]
         body = [(np.inf, ["unpatched", *(_share(row) for row in of), "100", "1.00"])]
+        timed = saved.get((reader, budget, reduction), {}) if split == "test" else {}
+        if timed:
+            header += ["operations", "first token"]
+            body[0][1].extend(["1.00", "1.00x"])
         for method, found in methods.items():
             share = kept([found[t] for t in shown if t in found], of)
             cells = [_share(found[t]) if t in found else "" for t in shown]
             text = "" if share is None else f"{share[0]:.1%} ({share[1]:.1%} to {share[2]:.1%})"
             areas = [float(row["area"]) for row in found.values() if row["area"]]
             cells = [method, *cells, text, f"{np.mean(areas):.2f}" if areas else ""]
+            if timed:
+                own = timed.get(method)
+                cells += ["", ""] if own is None else [_two(own["operations"]), _two(own["speedup"]) + "x"]
             body.append((-np.inf if share is None else share[0], cells))
         made.append((title, header, [cells for _, cells in sorted(body, key=lambda x: -x[0])]))
     return made
+
+
+def _two(figure: str) -> str:
+    return f"{float(figure):.2f}"
 
 
 def _share(row: Row) -> str:
@@ -88,9 +116,9 @@ def _share(row: Row) -> str:
     return f"{100 * right / items:.1f} ± {50 * (high - low):.1f}"
 
 
-def tables(console: Console, rows: Sequence[Row]) -> None:
+def tables(console: Console, rows: Sequence[Row], prefills: Sequence[Row] = ()) -> None:
     """Every table on the console."""
-    for title, header, body in lines(rows):
+    for title, header, body in lines(rows, prefills):
         table = Table(title=title)
         table.add_column(header[0])
         for name in header[1:]:
