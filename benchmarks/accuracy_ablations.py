@@ -72,6 +72,18 @@ GROUPS: dict[str, dict[str, Maker]] = {
         "LLM 3, 5": partial(_default, llm_layers=(3, 5)),
         "paper's layers, whole picture": partial(_paper, window_score="picture"),
     },
+    "bipartite": {  # where, and how much of it in the encoder
+        **{
+            f"bipartite, encoder {', '.join(map(str, layers))}": partial(
+                _default, vit_merge="bipartite", vit_layers=layers
+            )
+            for layers in ((2,), (3,), (1, 3), (2, 4), (1, 2, 3), ("output",))
+        },
+        **{
+            f"bipartite, encoder share {share}": partial(_default, vit_merge="bipartite", encoder_share=share)
+            for share in (0.2, 0.6, 0.8)
+        },
+    },
     "recycled": {
         **{
             f"recycled {share}": partial(_default, recycled=share)

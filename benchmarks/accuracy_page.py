@@ -11,6 +11,7 @@ from readers.card import WEAK_BELOW
 
 BEGIN, END = "<!-- accuracy tables -->", "<!-- end of accuracy tables -->"
 SHOWN = ("0.7778", "0.9500")  # of pictures and of video
+BESIDE = ("illava", "illava paper", "illava bipartite")  # stand in each ablation's table, where measured
 INTRO = """\
 # Do answers stay the same
 
@@ -30,6 +31,7 @@ TITLES = {
     "rule": "Merging rule (table 5; tables 4 and 7 of the first version)",
     "encoder share": "Share of the removed tokens that the encoder removes (figure 6)",
     "layers": "Which layers",
+    "bipartite": "Bipartite merging in the encoder: where, and how much",
     "recycled": "Recycled tokens, as a share of those kept (P^c)",
     "members": "Tokens merged into each recycled one (M)",
     "score": "Score",
@@ -142,6 +144,12 @@ def page(rows: Sequence[Row], prefills: Sequence[Row] = ()) -> str:
     for group, plans in GROUPS.items():
         own = [row for row in validation if row["method"] in plans]
         if own:
-            beside = [r for r in validation if r["method"] in ("unpatched", "illava", "illava paper")]
+            asked = {(row["reader"], row["budget"], row["reduction"]) for row in own}
+            beside = [
+                row
+                for row in validation
+                if row["method"] == "unpatched"
+                or (row["method"] in BESIDE and (row["reader"], row["budget"], row["reduction"]) in asked)
+            ]
             parts += [f"### {TITLES[group]}", "", markdown([*beside, *own])]
     return "\n".join(parts).rstrip() + "\n"
