@@ -23,24 +23,31 @@ IMAGE_TASKS = tuple(task for task in tasks.TASKS if task != "video")
 DRAWS = 2000  # of the bootstrap
 
 
-def kept(rows: Sequence[Row], unpatched: Sequence[Row]) -> tuple[float, float, float] | None:
+def kept(
+    rows: Sequence[Row], unpatched: Sequence[Row], beyond: Sequence[Row] = ()
+) -> tuple[float, float, float] | None:
     """Mean over tasks of the accuracy kept, with its 95 % interval.
 
-    The interval is a bootstrap over items, the same items drawn for both, since both answered the same.
+    The interval is a bootstrap over items, the same items drawn for all, since all answered the same.
 
     Args:
         rows, unpatched: a method's rows and the unpatched model's, one a task.
+        beyond: another method's rows, for how much more is kept than by that one.
 
     Returns:
         Share of the unpatched accuracy, its lower and upper end; `None` unless every task is there.
     """
-    if len(rows) != len(unpatched) or not rows or any(row["note"] for row in rows):
+    others = [beyond] if beyond else []
+    if any(len(own) != len(unpatched) for own in (rows, *others)) or not rows:
+        return None
+    if any(row["note"] for own in (rows, *others) for row in own):
         return None
     rng, shares, whole = np.random.default_rng(0), [], []
-    for row, base in zip(rows, unpatched, strict=True):
-        count = min(int(row["items"]), int(base["items"]))
-        ours = unpack(row["bits"], int(row["items"]))[:count]
-        theirs = unpack(base["bits"], int(base["items"]))[:count]
+    for task, (row, base) in enumerate(zip(rows, unpatched, strict=True)):
+        asked = [row, *(other[task] for other in others), base]
+        count = min(int(one["items"]) for one in asked)
+        ours, *less, theirs = (unpack(one["bits"], int(one["items"]))[:count].astype(float) for one in asked)
+        ours = ours - sum(less)  # of the items that both answered
         drawn = rng.integers(count, size=(DRAWS, count))
         shares.append(ours[drawn].mean(1) / np.maximum(theirs[drawn].mean(1), 1 / count))
         whole.append(ours.mean() / max(theirs.mean(), 1 / count))
@@ -66,7 +73,7 @@ def read(path: Path) -> list[Row]:
 
 
 def lines(rows: Sequence[Row], prefills: Sequence[Row] = ()) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Every table: its title, its header and its rows, best method first.
+    """Every table: its title, its header and its rows, best method first, but none that could do nothing.
 
     Args:
         rows: of accuracy.py.
@@ -91,6 +98,8 @@ def lines(rows: Sequence[Row], prefills: Sequence[Row] = ()) -> list[tuple[str, 
             header += ["operations", "first token"]
             body[0][1].extend(["1.00", "1.00x"])
         for method, found in methods.items():
+            if all(row["note"] for row in found.values()):
+                continue
             share = kept([found[t] for t in shown if t in found], of)
             cells = [_share(found[t]) if t in found else "" for t in shown]
             text = "" if share is None else f"{share[0]:.1%} ({share[1]:.1%} to {share[2]:.1%})"

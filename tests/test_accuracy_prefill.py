@@ -103,19 +103,17 @@ def test_every_table_of_the_test_split_is_timed():
 
 
 def row_of(**values):
-    base = {"reader": "r", "split": "test", "budget": "tokens", "reduction": "0.7778", "task": "find"}
-    return (
-        base
-        | {"method": "FastV", "items": "2", "right": "1", "bits": "80", "note": "", "area": "0.5"}
-        | values
-    )
+    about = {"reader": "r", "split": "test", "budget": "compute", "reduction": "0.7778", "task": "find"}
+    measured = {"method": "FastV", "items": "2", "right": "1", "bits": "80", "note": "", "area": "0.5"}
+    return about | measured | values
 
 
 def test_columns_of_a_table():
-    rows = [row_of(method="unpatched", reduction="0.0000"), row_of(), row_of(method="AIM")]
+    rows = [row_of(method="unpatched", budget="tokens", reduction="0.0000"), row_of(), row_of(method="AIM")]
+    rows.append(row_of(method="FEATHER", note="computes too much"))
     versions = {"torch": "1", "transformers": "2", "device": "CPU"}
     saved = {
-        "reader": "r", "method": "FastV", "reduction": "0.7778", "budget": "tokens", "task": "find",
+        "reader": "r", "method": "FastV", "reduction": "0.7778", "budget": "compute", "task": "find",
         "operations": "0.7514", "speedup": "1.4", "batch": "8", "rounds": "3", "threads": "1",
     }  # fmt: skip
     ((_, header, body),) = lines(rows, [saved])

@@ -12,9 +12,9 @@ from illava.cli.console import busy, finishing, notes, out, print_json, stages, 
 
 _HELP = """Find the plan for your model, your data and your patience.
 
-`illava plan MODEL --data questions.jsonl --min-agreement 0.98` searches encoder blocks, decoder layers,
-shares and reductions for the cheapest plan under which 98 % of the answers stay the same, word for word.
-With 40 items or more, half of them choose the plan and the other half confirm it.
+`illava plan MODEL --data questions.jsonl --min-agreement 0.98` searches encoder blocks and their rule,
+decoder layers, shares and reductions for the cheapest plan under which 98 % of the answers stay the same,
+word for word. With 40 items or more, half of them choose the plan and the other half confirm it.
 
 `--speedup 2` asks for the plan that keeps most among those whose prefill needs half the operations;
 `--max-tokens 512` among those that leave at most 512 visual tokens of a prompt.
