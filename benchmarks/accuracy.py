@@ -21,7 +21,7 @@ import argparse
 import csv
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -133,15 +133,15 @@ def run(options: argparse.Namespace, console: Console) -> None:
             append(options.out, row | {"seconds": f"{time.perf_counter() - began:.1f}"})
 
 
-def append(path: Path, row: dict) -> None:
-    """Add a row to the CSV, and its header if it is the first."""
+def append(path: Path, *rows: dict, columns: Sequence[str] = COLUMNS) -> None:
+    """Add rows to a CSV, and its header if they are the first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         if fresh:
             writer.writeheader()
-        writer.writerow(row)
+        writer.writerows(rows)
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ small, so that both figures say how the methods compare here, not what a 7B gain
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import REDUCTIONS, RESULTS, ROOT, VIDEO_REDUCTIONS
+from accuracy import REDUCTIONS, RESULTS, ROOT, VIDEO_REDUCTIONS, append
 from accuracy_ablations import PLANS
 from accuracy_measure import BUDGETS, Cell, Method, Reader, load, prepared, ready, versions
 from accuracy_show import read
@@ -145,11 +145,8 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
+def run(options: argparse.Namespace, console: Console) -> None:
     """Measure every group that is not in the CSV yet."""
-    options, console = parse(), Console()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     there = {(r["reader"], r["budget"], r["reduction"], r["task"]) for r in read(options.out)}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -165,19 +162,19 @@ def main() -> None:
             bar.remove_task(calls)
             about = {"reader": name, "reduction": f"{reduction:.4f}", "budget": budget, "task": task}
             about |= {"batch": TASKS[task], "threads": torch.get_num_threads(), **versions()}
-            write(options.out, [row | about for row in made])
+            append(options.out, *(row | about for row in made), columns=COLUMNS)
             bar.advance(whole)
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to the CSV, and its header if they are the first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if fresh:
-            writer.writeheader()
-        writer.writerows(rows)
+def main() -> None:
+    options, console = parse(), Console()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        run(options, console)
+    except KeyboardInterrupt:
+        console.print(f"stopped; {options.out} holds what was measured, the same command goes on")
+        sys.exit(130)
 
 
 if __name__ == "__main__":
