@@ -101,7 +101,7 @@ def test_units_most_alike_are_merged_where_that_alone_holds(loaded, trials):
 def test_a_given_cost_is_met_with_either_rule(loaded, items):
     """Of the same layers and shares, which then cost the same."""
     judge = Judge(loaded, *[Trials(loaded, items[:1], 1, 1)] * 2, lambda *_: None)
-    for found in (as_fast_as(1.3, judge.space), as_few_as(9, judge.largest, judge.space)):
+    for found in (as_fast_as(1.3, judge.space), as_few_as(9, judge.pictures, judge.space)):
         rules = [{c for c in found if c.vit_layers and c.vit_merge == rule} for rule in (None, "bipartite")]
         assert {replace(c, vit_merge="bipartite") for c in rules[0]} == rules[1]
         assert rules[1]
@@ -254,6 +254,27 @@ def test_what_is_left_is_that_of_the_largest_prompt_wherever_it_is(loaded, items
     choice = judge.choice(Candidate((3,), (), 0.5, 0.5))
     assert (judge.largest, choice.final_tokens) == (144, 72)
     assert judge.choice(Candidate((), (), 0.0, 0.0)).final_tokens == 144
+
+
+@pytest.mark.parametrize("reader", ["internvl", "qwen2_5_vl"])
+def test_every_plan_of_a_search_by_tokens_leaves_no_more_than_that(reader, tmp_path):
+    """Layers remove whole tokens, whose rounding adds up; what is reckoned is what calls then leave."""
+    loaded = evaluate.load(READER.parent / reader, device="cpu")
+    item = decoded(next(iter(jobs.read_items(write_questions(tmp_path, ("find",), 1, side=192)))))
+    judge = Judge(loaded, *[Trials(loaded, [item], 1, 1)] * 2, lambda *_: None)
+    most = judge.largest // 4
+    found = as_few_as(most, judge.pictures, judge.space)
+    left = [judge.space.left(candidate, judge.pictures) for candidate in found]
+    assert max(left) <= most
+    assert min(left) > 0.8 * most, "as little is removed as will do"
+    for candidate in found[:: len(found) // 8]:
+        assert judge.choice(candidate).final_tokens == judge.space.left(candidate, judge.pictures)
+
+
+def test_no_plan_leaves_so_few(loaded, trials):
+    judge = Judge(loaded, *trials, lambda *_: None)
+    with pytest.raises(illava.NoPlanError, match="at most 0 visual tokens of 36"):
+        as_few_as(0, judge.pictures, judge.space)
 
 
 def test_a_speed_up_out_of_reach(loaded, items):

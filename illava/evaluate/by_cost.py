@@ -6,7 +6,7 @@ against the unpatched model's on more and more data, the better third of them go
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from illava.errors import NoPlanError
@@ -38,23 +38,36 @@ def as_fast_as(speedup: float, space: Space) -> list[Candidate]:
     return list(dict.fromkeys(found))
 
 
-def as_few_as(tokens: int, largest: int, space: Space) -> list[Candidate]:
-    """Every pair of sets, removing as much of the largest prompt as it takes.
+def as_few_as(tokens: int, pictures: Sequence[tuple[int, int]], space: Space) -> list[Candidate]:
+    """Every pair of sets, removing as little of a prompt as leaves at most so many tokens of it.
+
+    Args:
+        tokens: visual tokens.
+        pictures: the prompt's, each as its frames and the tokens of one.
+        space: of the model.
 
     Raises:
-        NoPlanError: there is nothing to remove.
+        NoPlanError: there is nothing to remove, or no plan removes as much.
     """
-    reduction = max(0.0, 1 - tokens / largest)
-    if not reduction:
+    largest = sum(frames * each for frames, each in pictures)
+    if tokens >= largest:
         raise NoPlanError(
             f"no prompt has more than {largest} visual tokens, so {tokens} asks for nothing; give fewer"
         )
-    reduction = min(0.999, math.ceil(reduction * 1000 + 2) / 1000)  # rounding to whole tokens adds a few
-    found = [
-        Candidate(vit, llm, removes if llm else reduction, reduction, rule)
-        for vit, rule, removes, llm in _pairs(space)
-        if not llm or removes < reduction
-    ]
+    least = 1 - tokens / largest
+    # Layers remove whole tokens, so that more may have to be asked for than is to be gone.
+    steps = [share for step in range(101) if (share := math.ceil(1000 * least + step) / 1000) < 1]
+    found = []
+    for vit, rule, removes, llm in _pairs(space):
+        for reduction in steps:
+            one = Candidate(vit, llm, removes if llm else reduction, reduction, rule)
+            if llm and removes >= reduction:
+                continue
+            if space.left(one, pictures) <= tokens:
+                found.append(one)
+                break
+    if not found:
+        raise NoPlanError(f"no plan leaves at most {tokens} visual tokens of {largest}; ask for more")
     return list(dict.fromkeys(found))
 
 

@@ -8,7 +8,7 @@ import illava
 from illava.errors import DataError
 from illava.evaluate.found import Choice, describe
 from illava.evaluate.loading import Loaded
-from illava.evaluate.search_space import Candidate, Shown, Space
+from illava.evaluate.search_space import Candidate, Shown, Space, frames_of
 from illava.evaluate.statistics import share
 from illava.evaluate.trials import Trials, Tried
 
@@ -27,6 +27,7 @@ class Judge:
     Attributes:
         space: which candidates there are.
         largest: visual tokens of the largest prompt of all the data.
+        pictures: of that prompt, each as its frames and the tokens of one.
         tried: how many runs there were.
 
     Raises:
@@ -38,6 +39,7 @@ class Judge:
         self.tried = 0
         self._stage, self._done, self._total = "searching", 0, 1
         self._runs: dict[tuple[Candidate, bool], Tried] = {}
+        self.pictures: list[tuple[int, int]] = []
         reports, texts, self.largest = list[illava.Report](), list[int](), 0
         for batch in (batch for trials in dict.fromkeys((search, confirm)) for batch in trials.batches):
             if batch.shown is None:
@@ -47,7 +49,9 @@ class Judge:
             texts += [length - tokens for length, tokens in zip(lengths, rows, strict=True)]
             if max(rows) > self.largest:
                 self.largest = max(rows)
-                self._largest = batch, rows.index(self.largest)
+                row = rows.index(self.largest)
+                self._largest = batch, row
+                self.pictures = [frames_of(p) for p in batch.shown.pictures if p.row == row]
             reports.append(batch.shown)
         if not reports:
             raise DataError("the items bring no pictures; a plan is searched for on pictures and questions")

@@ -75,7 +75,7 @@ def find_plan(
     elif speedup is not None:
         run = Nearest(judge, as_fast_as(speedup, judge.space))
     else:
-        run = Nearest(judge, as_few_as(int(max_tokens or 0), judge.largest, judge.space))
+        run = Nearest(judge, as_few_as(int(max_tokens or 0), judge.pictures, judge.space))
     interrupted, speed = False, None
     try:
         run.run()

@@ -12,7 +12,7 @@ from illava.families import family_of
 from illava.families.seams import Seams
 from illava.flops import count_flops, measure
 from illava.plan import OUTPUT, Plan
-from illava.report import Report
+from illava.report import PictureRecord, Report
 from illava.schedule import nearest_layers
 
 # Shares of the visual tokens that the encoder alone removes, and that are gone in all, the most first.
@@ -81,10 +81,14 @@ class Shown:
     def median(cls, reports: Iterable[Report], texts: Iterable[int]) -> Shown:
         """Of reports, and of the tokens around the pictures in each prompt."""
         pictures = sorted((p for r in reports for p in r.pictures), key=lambda p: p.tokens)
-        middle = pictures[len(pictures) // 2]
-        frames = middle.grid[0] if middle.grid else 1
         around = sorted(texts)
-        return cls(frames, max(1, middle.tokens // frames), around[len(around) // 2])
+        return cls(*frames_of(pictures[len(pictures) // 2]), around[len(around) // 2])
+
+
+def frames_of(picture: PictureRecord) -> tuple[int, int]:
+    """Frames or tiles of a picture or video, which the encoder sees one by one, and visual tokens of one."""
+    frames = picture.tiles * (picture.grid[0] if picture.grid else 1)
+    return max(1, frames), max(1, picture.tokens // max(1, frames))
 
 
 class Space:
@@ -154,6 +158,11 @@ class Space:
         """The family's default plan."""
         removes = Plan().encoder_share * reduction
         return Candidate(self.seams.vit_default, self.seams.llm_default, removes, reduction)
+
+    def left(self, candidate: Candidate, pictures: Iterable[tuple[int, int]]) -> int:
+        """Visual tokens left of pictures, each given as its frames and the tokens of one."""
+        plan = self.seams.settle(candidate.plan)
+        return sum(plan.segment(frames, tokens).final_tokens for frames, tokens in pictures)
 
     def cost(self, candidate: Candidate) -> float:
         """Operations of a prefill, as a share of the unpatched model's."""
