@@ -91,11 +91,10 @@ def timed_with(prefills: Sequence[Row]) -> list[str]:
     batches = sorted({f"{row['batch']} items of {row['task']}" for row in prefills})
     rounds, threads = ({int(row[name]) for row in prefills} for name in ("rounds", "threads"))
     at_once = f"{max(threads)} thread{'s' if max(threads) > 1 else ''}"
-    times = "each once" if max(rounds) == 1 else f"the median of {max(rounds)} rounds in turns"
     said = (
         f"`operations` are of a prefill's matrix products, `first token` is how many times sooner it comes, "
-        f"{times} ({' or '.join(batches)} a batch, {at_once}, float32; quartiles are in "
-        "`benchmarks/results/accuracy_prefill.csv`)."
+        f"the median of {max(rounds)} rounds in turns ({' or '.join(batches)} a batch, {at_once}, float32; "
+        "quartiles are in `benchmarks/results/accuracy_prefill.csv`)."
     )
     return [said, ""]
 

@@ -84,12 +84,17 @@ class PictureRecord:
     layers: tuple[LayerRecord, ...]
     asked_reduction: float | None
 
+    @property
+    def frames(self) -> int:
+        """Frames or tiles, which the encoder sees one by one; 1 if the grid is not known."""
+        return 1 if self.grid is None else self.grid[0] * self.tiles
+
     def token_grid(self, merge_size: int) -> tuple[int, int, int]:
         """`(frames or tiles, height, width)` in merge units; one long row if the grid is not known."""
         if self.grid is None:
             return 1, 1, self.tokens
-        frames, height, width = self.grid
-        return frames * self.tiles, height // merge_size, width // merge_size
+        _, height, width = self.grid
+        return self.frames, height // merge_size, width // merge_size
 
     @property
     def final_tokens(self) -> int:

@@ -12,8 +12,9 @@ from illava.evaluate.by_cost import as_fast_as, as_few_as
 from illava.evaluate.found import BEST, DEFAULT
 from illava.evaluate.judge import Judge
 from illava.evaluate.prompts import decoded
-from illava.evaluate.search_space import ENCODER_REMOVES, TOTALS, Candidate
+from illava.evaluate.search_space import ENCODER_REMOVES, TOTALS, Candidate, frames_of
 from illava.evaluate.trials import Trials, Tried
+from illava.report import PictureRecord
 from questions import write_questions
 
 READER = Path(__file__).resolve().parent.parent / "checkpoints" / "qwen2_5_vl"
@@ -269,6 +270,19 @@ def test_every_plan_of_a_search_by_tokens_leaves_no_more_than_that(reader, tmp_p
     assert min(left) > 0.8 * most, "as little is removed as will do"
     for candidate in found[:: len(found) // 8]:
         assert judge.choice(candidate).final_tokens == judge.space.left(candidate, judge.pictures)
+
+
+@pytest.mark.parametrize(
+    ("grid", "tiles", "tokens", "expected"),
+    [
+        ((1, 12, 12), 5, 180, (5, 36)),  # tiles
+        ((8, 6, 6), 1, 72, (8, 9)),  # frames
+        ((1, 12, 12), 5, 181, (1, 181)),  # cropped, so that tiles have no equal shares
+        (None, 0, 7, (1, 7)),  # features came from the caller
+    ],
+)
+def test_pictures_as_the_encoder_sees_them(grid, tiles, tokens, expected):
+    assert frames_of(PictureRecord("image", 0, grid, tiles, tokens, tokens, tokens, (), None)) == expected
 
 
 def test_no_plan_leaves_so_few(loaded, trials):

@@ -86,9 +86,9 @@ class Shown:
 
 
 def frames_of(picture: PictureRecord) -> tuple[int, int]:
-    """Frames or tiles of a picture or video, which the encoder sees one by one, and visual tokens of one."""
-    frames = picture.tiles * (picture.grid[0] if picture.grid else 1)
-    return max(1, frames), max(1, picture.tokens // max(1, frames))
+    """Frames or tiles of a picture or video, and visual tokens of one; where they do not divide, as one."""
+    frames = 1 if picture.tokens % picture.frames else picture.frames
+    return frames, picture.tokens // frames
 
 
 class Space:
