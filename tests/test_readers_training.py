@@ -201,13 +201,37 @@ def test_lessons_follow_from_seed_step_and_process():
 
 
 def test_difficulty_rises():
-    for looking in (0.35, 0.1, 0.0):
-        asking = [
-            lessons.settings(looking + share * (1 - looking), looking)[1] for share in (0, 0.15, 0.3, 0.9)
-        ]
-        assert asking == pytest.approx([1, 0.5, 0, 0])
-    for done in (0, 0.4, 0.6, 0.9):
-        assert lessons.settings(done)[0].sum() == pytest.approx(1)
+    for looking, reading in ((0.35, 0.1), (0.1, 0), (0, 0.2)):
+        course, first = lessons.Course(looking, reading), looking + reading
+        eases = [course.settings(first + share * (1 - first))[1] for share in (0, 0.15, 0.3, 0.9)]
+        assert eases == pytest.approx([1, 0.5, 0, 0])
+    for done in (0, 0.2, 0.4, 0.6, 0.9):
+        assert lessons.Course().settings(done)[0].sum() == pytest.approx(1)
+
+
+def chances(course, done):
+    """What is drawn, by the name of its kind."""
+    found = {}
+    for kind, chance in zip(lessons.KINDS, course.settings(done)[0], strict=True):
+        found[kind.name] = found.get(kind.name, 0) + chance
+    return found
+
+
+def test_reading_comes_between_looking_and_the_other_questions():
+    course = lessons.Course(looking=0.3, reading=0.2)
+    assert chances(course, 0.29)["signs"] == 0
+    for done, ease in ((0.3, 1), (0.33, 0.5), (0.36, 0), (0.49, 0)):
+        assert chances(course, done)["signs"] == pytest.approx(0.85)
+        assert course.settings(done)[1] == pytest.approx(ease, abs=1e-6)
+    assert chances(course, 0.51)["signs"] < 0.4
+
+
+def test_a_course_may_begin_late():
+    late = lessons.Course(looking=0, reading=0, begin=0.6)
+    whole = lessons.Course(looking=0, reading=0)
+    for done in (0, 0.5, 0.99):
+        assert late.settings(done)[1] == 0
+        assert chances(late, done) == chances(whole, 0.6 + 0.4 * done)
 
 
 def _work(process, meeting, results):

@@ -2,8 +2,8 @@
 
 One seeded run from random weights to a checkpoint folder, with a progress bar and curves; stopped at any time
 it goes on from its last saved state when the same command is given again. Difficulty rises with the share of
-the run done: the encoder first learns to name what it sees (see `sight.py`), then questions about few digits
-in small pictures are asked, and in the end everything at every size.
+the run done: the encoder first learns to name what it sees (see `sight.py`), then the model to read, then
+questions about few digits in small pictures are asked, and in the end everything at every size.
 
 `torchrun --nproc-per-node 2 benchmarks/readers/train.py ...` has two processes share the work: each draws a
 batch of its own, and all step along the mean of their gradients.
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import illava  # noqa: E402
 from readers import architectures, attention, batches, card, states, tasks  # noqa: E402
-from readers.lessons import KINDS, LOOKING, Lessons  # noqa: E402
+from readers.lessons import KINDS, LOOKING, READING, Course, Lessons  # noqa: E402
 from readers.sight import Sight  # noqa: E402
 
 OTHERS = 0.2  # learning rate of what is no matrix of a block or layer, as a share of theirs
@@ -139,16 +139,22 @@ def parse() -> argparse.Namespace:
     add("--learning-rate", type=float, default=2e-3, help="the highest")
     add("--size", type=float, default=1.0, help="factor on the items of a batch")
     add("--looking", type=float, default=LOOKING, help="share of the steps before anything is asked")
+    add("--reading", type=float, default=READING, help="share of the steps, after that, of writing")
+    add("--begin", type=float, default=0.0, help="where the course of questions begins; 0.6 with all of it")
     add("--seed", type=int, default=0, help="of weights and pictures")
     add("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     add("--workers", type=int, default=0, help="processes that draw pictures, for a GPU")
     add("--every", type=int, default=250, help="steps between validations, saved states and checkpoints")
     add("--start-from", type=Path, help="checkpoint whose weights of equal shape to begin with")
     options = parser.parse_args()
-    if not 0 <= options.looking < 1:
+    looking, reading, begin = options.looking, options.reading, options.begin
+    if min(looking, reading) < 0 or looking + reading > 1 or looking == 1:
         parser.error(
-            f"--looking {options.looking:g} leaves no step for questions; give a share from 0 to below 1"
+            f"--looking {looking:g} and --reading {reading:g} are no shares of a run in which something is "
+            "asked; give two from 0 that sum to at most 1, and leave a step that is not for looking"
         )
+    if not 0 <= begin < 1:
+        parser.error(f"--begin {begin:g} is no place in the course; give a share from 0 to below 1")
     return options
 
 
@@ -177,9 +183,10 @@ def main() -> None:
     composer = batches.Composer(copy.deepcopy(average).to("meta"), processor)
     if not process:
         note(out, options, model, device)
-    course = Lessons(composer, steps, options.size, options.seed, process, options.looking)
+    course = Course(options.looking, options.reading, options.begin)
+    lessons = Lessons(composer, steps, options.size, options.seed, process, course)
     drawn = DataLoader(
-        course,
+        lessons,
         batch_size=None, sampler=range(step, steps), num_workers=options.workers,
         prefetch_factor=4 if options.workers else None,
     )  # fmt: skip
@@ -188,7 +195,7 @@ def main() -> None:
     with Progress(*columns, disable=process > 0) as bar:
         shown = bar.add_task(family, total=steps, completed=step)
         for batch in drawn:
-            loss, right = (look if course.looking(step) else answers)(model, batch, device, sight)
+            loss, right = (look if lessons.looking(step) else answers)(model, batch, device, sight)
             loss.backward()
             average_gradients([*model.parameters(), *sight.parameters()])
             clip_grad_norm_(model.parameters(), 1.0)
@@ -237,7 +244,9 @@ def note(out: Path, options: argparse.Namespace, model: nn.Module, device: torch
         began = f"{options.start_from}, weights {states.fingerprint(options.start_from)}"
     noted = {
         "parameters": sum(weight.numel() for weight in model.parameters()),
-        "seed": options.seed, "steps asked for": options.steps, "of which looking": options.looking,
+        "seed": options.seed, "steps asked for": options.steps,
+        "of which looking": options.looking, "of which reading": options.reading,
+        "course of questions from": options.begin,
         "factor on batches": options.size,
         "highest learning rate": options.learning_rate,
         "began from": began,
