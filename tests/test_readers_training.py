@@ -152,6 +152,25 @@ def test_short_strings_are_not_those_of_other_splits():
     assert {len(material.written(rng, "test")) for _ in range(200)} == {2, 3, 4}
 
 
+def test_crowds_ask_what_stands_in_the_cell_beside():
+    """Each answer is the one thing in that cell, whatever in the picture it is asked of."""
+    for seed in range(8):
+        scene = scenes.chart(np.random.default_rng(seed), "train", 96, calm=0)
+        questions = tasks.crowd_questions(scene)
+        assert all(question.task == "" for question in questions)  # the test asks of colours alone
+        shown = {(thing.row, thing.column): thing for thing in scene.things}
+        for question in questions:
+            words = question.text.split()
+            relation = next(word for word in words if word in scenes.RELATIONS)
+            called = " ".join(words[words.index("the") + 1 : -1])
+            (thing,) = [t for t in scene.things if called in (t.name, f"{t.colour} {t.kind}")]
+            down, across = scenes.RELATIONS[relation]
+            place = thing.row + down, thing.column + across
+            while (other := shown.get(place)) is None or other.kind == scenes.WRITING:
+                place = place[0] + down, place[1] + across
+            assert question.answer == other.name
+
+
 def test_signs_begin_short_and_are_not_tested():
     lengths = [
         np.mean([len(t.name) for seed in range(12)

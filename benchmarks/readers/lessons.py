@@ -13,13 +13,15 @@ from readers.batches import Kind
 # Kinds of batches, and how often each is drawn in each part of a run.
 KINDS = {
     Kind("picture", 96, 1, 32): (0.60, 0.00, 0.30, 0.10, 0.05),
-    Kind("picture", 128, 1, 24): (0.25, 0.00, 0.20, 0.15, 0.10),
-    Kind("picture", 192, 1, 12): (0.15, 0.15, 0.15, 0.25, 0.35),
+    Kind("picture", 128, 1, 24): (0.25, 0.00, 0.20, 0.15, 0.05),
+    Kind("picture", 192, 1, 12): (0.15, 0.15, 0.15, 0.25, 0.25),
     Kind("several", 96, 3, 12): (0.0, 0.0, 0.10, 0.10, 0.05),
-    Kind("several", 128, 4, 6): (0.0, 0.0, 0.05, 0.15, 0.20),
+    Kind("several", 128, 4, 6): (0.0, 0.0, 0.05, 0.15, 0.10),
     Kind("video", 96, 8, 12): (0.0, 0.0, 0.10, 0.10, 0.10),
     Kind("signs", 96, 1, 48): (0.0, 0.70, 0.25, 0.15, 0.10),
     Kind("signs", 192, 1, 12): (0.0, 0.15, 0.10, 0.15, 0.15),
+    Kind("crowd", 96, 1, 24): (0.0, 0.0, 0.25, 0.20, 0.20),
+    Kind("crowd", 192, 1, 10): (0.0, 0.0, 0.10, 0.15, 0.15),
 }
 LOOKING = 0.35  # share of a run in which the encoder learns to see, the language model left out
 READING = 0.1  # share of a run, after that, that is nearly all writing: mixed with the rest it is learnt last

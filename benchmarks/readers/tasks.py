@@ -80,8 +80,7 @@ def spatial_questions(scene: Scene) -> list[Question]:
     questions = []
     for thing in _alone(scene.of_kind("digit"), "colour"):
         for relation, other in scenes.beside(scene.things, thing).items():
-            where = relation if relation in ("above", "below") else f"{relation} of"
-            text = f"what is {where} the {thing.colour} digit ?"
+            text = f"what is {_where(relation)} the {thing.colour} digit ?"
             questions.append(Question("spatial", text, other.name))
     return questions
 
@@ -157,6 +156,22 @@ def writing_questions(scene: Scene) -> list[Question]:
         Question("", f"what is written in {thing.colour} ?", thing.name)
         for thing in _alone(scene.of_kind(scenes.WRITING), "colour")
     ]
+
+
+def crowd_questions(scene: Scene) -> list[Question]:
+    """For training: what stands beside things that alone have their name, and the one digit of a colour."""
+    named = [thing for thing in scene.things if thing.kind != scenes.WRITING]
+    called = [(thing, thing.name) for thing in _alone(named, "name")]
+    called += [(thing, f"{thing.colour} digit") for thing in _alone(scene.of_kind("digit"), "colour")]
+    return [
+        Question("", f"what is {_where(relation)} the {name} ?", other.name)
+        for thing, name in called
+        for relation, other in scenes.beside(scene.things, thing).items()
+    ]
+
+
+def _where(relation: str) -> str:
+    return relation if relation in ("above", "below") else f"{relation} of"
 
 
 def several_scenes(rng: np.random.Generator, split: str, side: int, count: int) -> list[Scene]:

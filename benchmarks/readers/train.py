@@ -39,6 +39,7 @@ from readers.sight import Sight  # noqa: E402
 OTHERS = 0.2  # learning rate of what is no matrix of a block or layer, as a share of theirs
 SIGHT = 0.3  # weight of what the encoder sees beside the answers, thereafter
 STATE = "state.safetensors"
+TAUGHT = ("signs", "crowd")  # kinds of pictures that are only taught
 HELD_OUT = 10**9  # added to the seed of validation pictures
 
 
@@ -104,7 +105,7 @@ def validate(model, processor, *, items: int) -> dict[str, float]:
     which is when greedy decoding gives the whole answer.
     """
     composer, device, found = batches.Composer(model, processor), model.device, defaultdict(list)
-    for number, kind in enumerate(kind for kind in KINDS if kind.name != "signs"):  # only taught
+    for number, kind in enumerate(kind for kind in KINDS if kind.name not in TAUGHT):
         for part in range(max(1, items // kind.items)):
             rng = np.random.default_rng([HELD_OUT, number, part])
             batch = composer(batches.sample(rng, kind, "validation"))
