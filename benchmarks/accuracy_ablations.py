@@ -84,6 +84,20 @@ GROUPS: dict[str, dict[str, Maker]] = {
             for share in (0.2, 0.6, 0.8)
         },
     },
+    "middle": {  # bipartite merging in more blocks, and language models that merge once, in their middle
+        **{
+            f"bipartite, encoder {', '.join(map(str, blocks))}, LLM 4": partial(
+                _default, vit_merge="bipartite", vit_layers=blocks, llm_layers=(4,), encoder_share=0.8
+            )
+            for blocks in ((1,), (1, 3, 5), (2, 3, 4, 5), tuple(range(8)))
+        },
+        **{
+            f"bipartite, encoder {', '.join(map(str, blocks))} only": partial(
+                _default, vit_merge="bipartite", vit_layers=blocks, llm_layers=(), encoder_share=1.0
+            )
+            for blocks in ((1,), (1, 3, 5), (2, 3, 4, 5))
+        },
+    },
     "recycled": {
         **{
             f"recycled {share}": partial(_default, recycled=share)

@@ -33,6 +33,7 @@ TITLES = {
     "encoder share": "Share of the removed tokens that the encoder removes (figure 6)",
     "layers": "Which layers",
     "bipartite": "Bipartite merging in the encoder: where, and how much",
+    "middle": "Bipartite merging in more blocks, and the language model's in its middle",
     "recycled": "Recycled tokens, as a share of those kept (P^c)",
     "members": "Tokens merged into each recycled one (M)",
     "score": "Score",

@@ -51,6 +51,7 @@ RIVALS: dict[str, Rival] = {
         ours.PAPER,
         ours.LATER,
         ours.BIPARTITE,
+        ours.MIDDLE,
     )
 }
 ABSENT: dict[str, str] = {"AdaFV": adafv.REASON}
