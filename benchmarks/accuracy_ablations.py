@@ -91,6 +91,7 @@ GROUPS: dict[str, dict[str, Maker]] = {
             )
             for blocks in ((1,), (1, 3, 5), (2, 3, 4, 5), tuple(range(8)))
         },
+        "bipartite, LLM 4": partial(_default, vit_merge="bipartite", llm_layers=(4,), encoder_share=0.8),
         **{
             f"bipartite, encoder {', '.join(map(str, blocks))} only": partial(
                 _default, vit_merge="bipartite", vit_layers=blocks, llm_layers=(), encoder_share=1.0

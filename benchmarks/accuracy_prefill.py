@@ -17,7 +17,7 @@ import dataclasses
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,11 +72,13 @@ def _total(flops: Any, which: str) -> float:
     return getattr(flops.vision, which) + getattr(flops.language, which)
 
 
-def arms(reader: Reader, reduction: float, budget: str, task: str) -> dict[str, Arm]:
-    """Every method that can do what is asked for, unpatched first."""
+def arms(
+    reader: Reader, reduction: float, budget: str, task: str, methods: Iterable[str] = RIVALS
+) -> dict[str, Arm]:
+    """Those of the methods that can do what is asked for, and unpatched first."""
     items = [tasks.held_out_item(task, "test", number) for number in range(TASKS[task])]
     found = {}
-    for name in ("unpatched", *(name for name in RIVALS if name != "unpatched")):
+    for name in ("unpatched", *(name for name in methods if name != "unpatched")):
         method = ready(reader, Cell(reader.name, name, reduction, budget, task, "test"), items[0], PLANS)
         if isinstance(method, str):
             continue
@@ -146,23 +148,28 @@ def parse() -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
-    """Measure every group that is not in the CSV yet."""
+    """Measure what is not in the CSV yet, the methods of a group in turns with the unpatched model."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    there = {(r["reader"], r["budget"], r["reduction"], r["task"]) for r in read(options.out)}
+    there = {(r["reader"], r["budget"], r["reduction"], r["task"], r["method"]) for r in read(options.out)}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    left = [g for g in groups(options.readers) if (g[0], g[1], f"{g[2]:.4f}", g[3]) not in there]
+    left = groups(options.readers)
     with Progress(*columns, console=console) as bar:
         whole = bar.add_task("", total=len(left))
         for name, budget, reduction, task in left:
             bar.update(whole, description=f"{name} {reduction:.1%} of {task}, the same {budget}")
+            about = (name, budget, f"{reduction:.4f}", task)
             reader = load(options.folder / name, device)
-            found = arms(reader, reduction, budget, task)
+            lacking = [method for method in RIVALS if (*about, method) not in there]
+            found = arms(reader, reduction, budget, task, lacking)
+            if len(found) == 1:  # what is lacking is what no method can do
+                bar.advance(whole)
+                continue
             calls = bar.add_task("calls", total=len(found) + options.rounds * (len(found) + 1))
             made = compare(found, options.rounds, partial(bar.advance, calls))
             bar.remove_task(calls)
-            about = {"reader": name, "reduction": f"{reduction:.4f}", "budget": budget, "task": task}
-            about |= {"batch": TASKS[task], "threads": torch.get_num_threads(), **versions()}
-            append(options.out, *(row | about for row in made), columns=COLUMNS)
+            asked = dict(zip(("reader", "budget", "reduction", "task"), about, strict=True))
+            asked |= {"batch": TASKS[task], "threads": torch.get_num_threads(), **versions()}
+            append(options.out, *(row | asked for row in made), columns=COLUMNS)
             bar.advance(whole)
 
 

@@ -17,25 +17,25 @@ ROOT = Path(__file__).parent.parent
 SAMPLE = 24  # items of each row that are answered again
 PREFILLS = read(accuracy.RESULTS / "accuracy_prefill.csv")
 STALE = "run accuracy.py --show --readme"
-METHODS = ("unpatched", "illava", "illava later", "illava bipartite", "FastV")
+METHODS = ("unpatched", "illava", "illava later", "illava bipartite", "illava middle", "FastV")
+SHARES = {f"{share:.4f}": share for share in (0.0, 7 / 9, 8 / 9)}
 
 
 def committed():
-    """Rows of the CSV that are measured again: one reduction of a few methods, each reader and task."""
+    """Rows of the CSV that are measured again: a few methods at one reduction of each budget, each reader."""
     rows = accuracy.done(accuracy.RESULTS / "accuracy.csv").values()
     return [
         row
         for row in rows
         if row["method"] in METHODS
-        and row["task"] in ("find", "spatial")
-        and row["budget"] == "tokens"
-        and row["reduction"] in ("0.0000", "0.7778")
+        and row["task"] in ("find", "spatial", "text")
+        and row["reduction"] in ("0.0000", {"tokens": "0.7778", "compute": "0.8889"}[row["budget"]])
         and int(row["items"]) >= SAMPLE
     ]
 
 
 def name(row):
-    return "-".join(row[column] for column in ("reader", "method", "reduction", "task", "split"))
+    return "-".join(row[column] for column in ("reader", "method", "reduction", "budget", "task", "split"))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,8 @@ def readers():
 def test_committed_accuracy_did_not_move(row, readers):
     reader = readers[row["reader"]]
     assert row["weights"] == reader.fingerprint, "the CSV was measured on another checkpoint: measure again"
-    cell = Cell(row["reader"], row["method"], float(row["reduction"]), "tokens", row["task"], row["split"])
+    reduction = SHARES[row["reduction"]]
+    cell = Cell(row["reader"], row["method"], reduction, row["budget"], row["task"], row["split"])
     method = ready(reader, cell, tasks.held_out_item(cell.task, cell.split, 0), PLANS)
     right = measure(reader, method, cell, range(SAMPLE), lambda count: None)
     before = unpack(row["bits"], int(row["items"]))[:SAMPLE].tolist()
@@ -76,20 +77,16 @@ PICTURES, VIDEOS = (2 / 3, 7 / 9, 8 / 9), (0.9, 0.95)
 
 
 def measured(budget, reduction, reader):
-    """Rows of the test split by method, one for each of the unpatched model's tasks, and that model's."""
+    """Rows of the test split by method, one for each task that was measured so, and the unpatched model's."""
     found = {}
     for row in accuracy.done(accuracy.RESULTS / "accuracy.csv").values():
         if row["split"] == "test" and row["reader"] == reader:
             found.setdefault((row["budget"], row["reduction"], row["method"]), {})[row["task"]] = row
-    about = [
-        task for task in found["tokens", "0.0000", "unpatched"] if (task == "video") is (reduction in VIDEOS)
-    ]
-    rows = {
-        method: [row[task] for task in about]
-        for (own, of, method), row in found.items()
-        if (own, of) == (budget, f"{reduction:.4f}") and set(about) <= set(row)
-    }
-    return rows, [found["tokens", "0.0000", "unpatched"][task] for task in about]
+    unpatched = found.pop(("tokens", "0.0000", "unpatched"))
+    found = {key[2]: row for key, row in found.items() if key[:2] == (budget, f"{reduction:.4f}")}
+    about = [task for task in unpatched if any(task in row for row in found.values())]
+    rows = {method: [row[task] for task in about] for method, row in found.items() if set(about) <= set(row)}
+    return rows, [unpatched[task] for task in about]
 
 
 def shares(budget, reduction, reader):
@@ -99,10 +96,15 @@ def shares(budget, reduction, reader):
     return dict(sorted(found.items(), key=lambda item: -item[1][0]))
 
 
-def leads(budget, reduction, reader, methods):
-    """How much more `illava bipartite` keeps than each, of the items that both answered, at the least."""
+def leads(budget, reduction, reader, ours, methods):
+    """How much more one method keeps than each other, of the items that both answered, at the least."""
     rows, base = measured(budget, reduction, reader)
-    return {method: kept(rows["illava bipartite"], base, beyond=rows[method])[1] for method in methods}
+    return {method: kept(rows[ours], base, beyond=rows[method])[1] for method in methods}
+
+
+def rivals_of(found):
+    """Those that are not illava's own, the best first."""
+    return [method for method in found if not method.startswith("illava")]
 
 
 def percent(*values):
@@ -114,62 +116,84 @@ def said():
     return " ".join((ROOT / "README.md").read_text().split())
 
 
-def test_what_the_readme_says_of_pictures_at_equal_compute(said):
-    """Ahead by more than the interval of the difference everywhere but in one case."""
-    ours = {}
-    for reader in READERS:
-        for reduction in (7 / 9, 8 / 9):
-            own = shares("compute", reduction, reader)
-            others = [method for method in own if not method.startswith("illava")]
-            ahead = leads("compute", reduction, reader, others)
-            rows, base = measured("compute", reduction, reader)
-            for row in (*base, *rows["illava bipartite"], *rows[others[0]]):
-                assert int(row["items"]) >= 1000
-            ours[reader, reduction] = own["illava bipartite"][0]
-            if (reader, reduction) == ("qwen2_5_vl", 7 / 9):
-                first = ["VisionZip", "illava later"]
-                assert list(own)[:3] == [*first, "illava bipartite"]
-                for method in first:
-                    assert kept(rows[method], base, beyond=rows["illava bipartite"])[1] <= 0
-                assert f"`illava later` keep {percent(*(own[method][0] for method in first))}" in said
-            else:
-                assert next(iter(own)) == "illava bipartite"
-                assert min(ahead.values()) > 0
-    internvl, qwen = (ours[reader, 8 / 9] for reader in READERS)
-    assert f"{percent(internvl)} on the InternVL and {percent(qwen)} on the Qwen2.5-VL, ahead" in said
-    assert f"At 77.8 % it keeps {percent(*(ours[reader, 7 / 9] for reader in READERS))}" in said
+def share_of(row):
+    return int(row["right"]) / int(row["items"])
 
 
-def test_what_the_readme_says_of_pictures_at_a_third(said):
-    """And for equal final tokens: the intervals overlap with the first's."""
-    for budget, reductions in (("compute", (2 / 3,)), ("tokens", PICTURES)):
-        for reduction in reductions:
-            assert next(iter(shares(budget, reduction, "internvl"))) == "illava bipartite"
-            own = shares(budget, reduction, "qwen2_5_vl")
-            assert own["VisionZip"][0] == max(share for share, *_ in own.values())
-            assert own["VisionZip"][1] < own["illava bipartite"][2]
-    assert "VisionZip is first on the Qwen2.5-VL, its interval overlapping" in said
+def test_what_the_readme_says_of_small_writing(said):
+    rows, base = measured("compute", 8 / 9, "internvl")
+    text, count = ([row["task"] for row in base].index(task) for task in ("text", "count"))
+    left = [rows[f"illava{name}"][text] for name in ("", " bipartite")]
+    left += [rows[name][text] for name in ("ToMe", "DivPrune", "illava middle")]
+    plain, bipartite, tome, divprune, middle = (percent(share_of(row)) for row in left)
+    assert f"The InternVL reads {percent(share_of(base[text]))} of them" in said
+    assert f"`illava` reads {plain}, `illava bipartite` {bipartite}, ToMe {tome}, DivPrune {divprune}" in said
+    assert f"and `illava middle` {middle}" in said
+    read_by = {method: share_of(row[text]) for method, row in rows.items() if not row[text]["note"]}
+    assert max(read_by, key=read_by.get) == "illava middle"
+    counts = percent(share_of(rows["illava middle"][count]))
+    assert f"{counts} of them are right, unpatched {percent(share_of(base[count]))}" in said
+
+
+def test_what_the_readme_says_of_the_internvl_at_equal_compute(said):
+    """Ahead at 88.9 % by more than the interval of the difference."""
+    own = {reduction: shares("compute", reduction, "internvl") for reduction in (7 / 9, 8 / 9)}
+    for reduction, found in own.items():
+        assert next(iter(found)) == "illava middle"
+        rows, base = measured("compute", reduction, "internvl")
+        for row in (*base, *rows["illava middle"], *rows["ToMe"], *rows["DivPrune"]):
+            assert int(row["items"]) >= 1000
+    others = rivals_of(own[8 / 9])
+    assert min(leads("compute", 8 / 9, "internvl", "illava middle", others).values()) > 0
+    assert leads("compute", 7 / 9, "internvl", "illava middle", ["DivPrune"])["DivPrune"] <= 0
+    assert rivals_of(own[7 / 9])[0] == "DivPrune"
+    assert rivals_of(own[8 / 9])[0] == "ToMe"
+    ours = [percent(own[reduction]["illava middle"][0]) for reduction in own]
+    assert f"At 88.9 % that is {ours[1]}, where ToMe keeps" in said
+    assert f"where ToMe keeps {percent(own[8 / 9]['ToMe'][0])}, the most of all others" in said
+    assert f"at 77.8 % {ours[0]}, and DivPrune {percent(own[7 / 9]['DivPrune'][0])}" in said
+
+
+def test_what_the_readme_says_of_the_qwen_at_equal_compute(said):
+    own = {reduction: shares("compute", reduction, "qwen2_5_vl") for reduction in (7 / 9, 8 / 9)}
+    assert next(iter(own[8 / 9])) == "illava bipartite"
+    ahead = leads("compute", 8 / 9, "qwen2_5_vl", "illava bipartite", rivals_of(own[8 / 9]))
+    assert min(ahead.values()) > 0
+    rows, base = measured("compute", 7 / 9, "qwen2_5_vl")
+    assert list(own[7 / 9])[0] == "VisionZip"
+    assert kept(rows["VisionZip"], base, beyond=rows["illava bipartite"])[1] <= 0
+    of = [percent(own[8 / 9][f"illava {name}"][0]) for name in ("bipartite", "middle")]
+    assert f"On the Qwen2.5-VL `illava bipartite` keeps most at 88.9 %, {of[0]}, ahead of every rival" in said
+    assert f"(`illava middle` {of[1]})" in said
+    both = [percent(own[7 / 9][name][0]) for name in ("VisionZip", "illava bipartite")]
+    assert f"at 77.8 % VisionZip keeps {both[0]} and `illava bipartite` {both[1]}" in said
 
 
 def test_what_the_readme_says_of_videos(said):
-    by_share = {reader: [shares("compute", share, reader) for share in VIDEOS] for reader in READERS}
-    ours = {reader: percent(*(own["illava bipartite"][0] for own in by_share[reader])) for reader in READERS}
-    assert f"{ours['internvl']} on the InternVL, where ToMe keeps" in said
-    assert f"keeps {percent(*(own['ToMe'][0] for own in by_share['internvl']))}, and" in said
-    assert f"{ours['qwen2_5_vl']} on the Qwen2.5-VL, where the next" in said
-    for own in by_share["internvl"]:
-        assert set(list(own)[:2]) == {"ToMe", "illava bipartite"}
-    for own in by_share["qwen2_5_vl"]:
-        assert next(iter(own)) == "illava bipartite"
-    assert percent(*(list(own.values())[1][0] for own in by_share["qwen2_5_vl"])) in said
+    found = {reader: [shares("compute", share, reader) for share in VIDEOS] for reader in READERS}
+
+    def kept_by(reader, name):
+        return percent(*(own[name][0] for own in found[reader]))
+
+    middle, bipartite = (kept_by("internvl", f"illava {name}") for name in ("middle", "bipartite"))
+    assert f"`illava middle` keeps {middle} on the InternVL" in said
+    assert f"ToMe {kept_by('internvl', 'ToMe')}, `illava bipartite` {bipartite}" in said
+    middle, bipartite = (kept_by("qwen2_5_vl", f"illava {name}") for name in ("middle", "bipartite"))
+    assert (
+        f"on the Qwen2.5-VL `illava middle` keeps {middle}, `illava bipartite` {bipartite}, FasterVLM" in said
+    )
+    assert f"FasterVLM {kept_by('qwen2_5_vl', 'FasterVLM')}" in said
+    for own in found["internvl"]:
+        assert list(own)[:2] == ["illava middle", "ToMe"]
+    for own in found["qwen2_5_vl"]:
+        assert rivals_of(own)[0] == "FasterVLM"
 
 
 def test_what_the_readme_says_of_the_others(said):
     assert "what is best on one model may be last on the other" in said
-    for budget in accuracy.BUDGETS:
-        for reduction in PICTURES:
-            assert "VisionZip" in list(shares(budget, reduction, "internvl"))[-4:]
-            assert shares(budget, reduction, "qwen2_5_vl")["VisionZip"][0] > 0.9
+    for reduction in PICTURES:
+        assert "VisionZip" in list(shares("compute", reduction, "internvl"))[-4:]
+        assert shares("compute", reduction, "qwen2_5_vl")["VisionZip"][0] > 0.9
 
 
 def test_bipartite_computes_as_much_as_the_defaults():
@@ -206,14 +230,32 @@ def test_plans_were_chosen_as_ours_says():
     cheapest = sorted(whole, key=lambda method: float(own[method]["area"]))
     assert cheapest[:2] == ["encoder 2", "encoder 3"]
     assert "encoder 2, 4, 6" in whole
-    for reader, tasks_of in (("qwen2_5_vl", ("find",)), ("internvl", ("find", "several"))):
-        for task, reduction in (*((task, 8 / 9) for task in tasks_of), ("video", 0.9)):
-            about = f"{reduction:.4f}", "tokens", task, "validation"
-            of = {
-                rule: int(rows[(reader, f"rule: {rule}", *about)]["right"])
-                for rule in ("recycle", "prune", "linear", "random", "k-means", "bipartite in the encoder")
-            }
-            assert max(of, key=of.get) == "bipartite in the encoder"
+    for task, reduction in (("find", 8 / 9), ("video", 0.9)):
+        about = f"{reduction:.4f}", "tokens", task, "validation"
+        of = {
+            rule: int(rows[("qwen2_5_vl", f"rule: {rule}", *about)]["right"])
+            for rule in ("recycle", "prune", "linear", "random", "k-means", "bipartite in the encoder")
+        }
+        assert max(of, key=of.get) == "bipartite in the encoder"
+
+
+def test_the_middle_was_chosen_as_ours_says():
+    """Of the group "middle" it keeps most of the InternVL's pictures, and all of its videos."""
+    found = accuracy.done(accuracy.RESULTS / "accuracy.csv")
+    rows = {
+        (method, task): int(row["right"])
+        for (reader, method, _, budget, task, split), row in found.items()
+        if (reader, split) == ("internvl", "validation") and (budget == "compute" or method == "unpatched")
+    }
+    kept_by = {
+        method: sum(rows[method, t] / rows["unpatched", t] for t in ("text", "find", "count", "several"))
+        for method in GROUPS["middle"]
+    }
+    chosen = "bipartite, encoder 2, 3, 4, 5, LLM 4"
+    assert max(kept_by, key=kept_by.get) == chosen
+    assert rows[chosen, "video"] >= rows["unpatched", "video"]
+    early, late = "bipartite, encoder share 0.8", "bipartite, LLM 4"
+    assert rows[early, "text"] < 0.75 * rows[late, "text"], "the same, but in the first layers of the LLM"
 
 
 def test_the_page_has_every_table_of_the_csv():

@@ -180,7 +180,7 @@ def test_intervals():
 
 def test_the_card_says_once_for_each_task_where_it_is_weak():
     right = {"text 96": 0.0, "count 192": 0.61, "text 128": 0.004, "count 96": 0.98, "find 96": 0.8}
-    assert card.weak_tasks(right) == ["- count: 192 px (61%)", "- text: 96 px (0%), 128 px (0%)"]
+    assert card.weak_tasks(right) == ["- count: 192 px (61.0%)", "- text: 96 px (0.0%), 128 px (0.4%)"]
 
 
 @pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda path: path.name)

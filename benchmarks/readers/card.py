@@ -100,7 +100,7 @@ def weak_tasks(right: dict[str, float]) -> list[str]:
         if share < WEAK_BELOW:
             weak.setdefault(task, {})[int(size)] = share
     return [
-        f"- {task}: {', '.join(f'{size} px ({share:.0%})' for size, share in sorted(of.items()))}"
+        f"- {task}: {', '.join(f'{size} px ({share:.1%})' for size, share in sorted(of.items()))}"
         for task, of in sorted(weak.items())
     ]
 

@@ -1,10 +1,10 @@
 """illava itself: its defaults, the paper's plan at the same relative depth, and three a user might choose.
 
-The readers' encoders have 8 blocks where the paper's has 32. The same relative depth is block 1 of 8, behind
-which a token knows little of its picture yet. The third plan merges at block 3 instead. On the validation
-split (one task, `find`, 77.8 % removed: `accuracy.py --split validation --methods layers`) it is the cheapest
-of the choices of layers that lose no answer among those tried at the time; block 2, tried later, is cheaper
-still and loses none either.
+The readers' encoders have 8 blocks where the paper's has 32. The same relative depth begins at block 1,
+behind which a token knows little of its picture yet. The third plan merges at block 3 instead. On the
+validation split (one task, `find`, 77.8 % removed: `accuracy.py --split validation --methods layers`) it is
+the cheapest of the choices of layers that lose no answer among those tried at the time; block 2, tried
+later, is cheaper still and loses none either.
 
 The fourth merges where the defaults do, but in the encoder those units whose features are most alike
 (`vit_merge="bipartite"`), however little attention they receive; in the language model as the defaults do.
