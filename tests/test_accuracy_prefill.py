@@ -1,9 +1,11 @@
 """Operations and times beside the accuracies: how they are taken, and that committed ones still hold."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import accuracy
+import accuracy_prefill
 import pytest
 import torch
 from accuracy_ablations import PLANS
@@ -49,6 +51,32 @@ def test_a_ratio_is_of_one_round():
     assert fast["time_unpatched_ms"] == "100.0"
     assert len(calls) == 3 + 3 * (3 + 1), "as many as the bar is told"
     assert not any(arm.times for arm in found.values())
+
+
+def test_only_what_is_lacking_is_timed(tmp_path, monkeypatch):
+    """A method added later stands beside the rows there are; what cannot be is not asked of a clock."""
+    out, able, timed = tmp_path / "prefill.csv", ["illava", "ToMe"], []
+    monkeypatch.setattr(accuracy_prefill, "load", lambda folder, device: folder.name)
+    monkeypatch.setattr(accuracy_prefill, "groups", lambda readers: [("internvl", "tokens", 8 / 9, "find")])
+
+    def some(reader, reduction, budget, task, methods):
+        return {
+            name: Clocked(1.0, [1.0] * 9) for name in ("unpatched", *able) if name in (*methods, "unpatched")
+        }
+
+    def clocked(found, rounds, progress):
+        timed.append(list(found))
+        return compare(found, rounds, progress)
+
+    monkeypatch.setattr(accuracy_prefill, "arms", some)
+    monkeypatch.setattr(accuracy_prefill, "compare", clocked)
+    monkeypatch.setattr(sys, "argv", ["accuracy_prefill.py", "--out", str(out)])
+    for _ in range(2):
+        accuracy_prefill.main()
+    able.append("illava middle")
+    accuracy_prefill.main()
+    assert timed == [["unpatched", "illava", "ToMe"], ["unpatched", "illava middle"]]
+    assert [row["method"] for row in read(out)] == ["illava", "ToMe", "illava middle"]
 
 
 @pytest.fixture(scope="module")
