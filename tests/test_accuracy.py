@@ -11,6 +11,7 @@ from accuracy_measure import Cell, load, measure, pack, prepared, ready, unpack
 from accuracy_page import TITLES, notes, page, readme_block, weak
 from accuracy_show import kept, read
 
+from illava.schedule import scale_layers
 from readers import tasks
 
 ROOT = Path(__file__).parent.parent
@@ -133,6 +134,19 @@ def test_what_the_readme_says_of_small_writing(said):
     assert max(read_by, key=read_by.get) == "illava middle"
     counts = percent(share_of(rows["illava middle"][count]))
     assert f"{counts} of them are right, unpatched {percent(share_of(base[count]))}" in said
+
+
+def test_what_the_readme_says_of_the_middle(said):
+    """Its layers at a 7B's depth, and what it leaves at the defaults' compute."""
+    assert scale_layers((2, 3, 4, 5), 8, 32) == (8, 12, 16, 20)
+    assert scale_layers((4,), 8, 28) == (14,)
+    assert "vit_layers=(8, 12, 16, 20), llm_layers=(14,), vit_merge=" in said
+    rows, _ = measured("compute", 8 / 9, "internvl")
+    left = {name: float(rows[name][0]["final_ratio"]) for name in ("illava middle", "illava")}
+    assert (
+        f"leaves {left['illava middle']:.0%} of the tokens instead of {left['illava']:.0%},"
+        in said.replace(" %", "%")
+    )
 
 
 def test_what_the_readme_says_of_the_internvl_at_equal_compute(said):

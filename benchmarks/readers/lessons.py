@@ -23,6 +23,7 @@ KINDS = {
     Kind("crowd", 96, 1, 24): (0.0, 0.0, 0.25, 0.20, 0.20),
     Kind("crowd", 192, 1, 10): (0.0, 0.0, 0.10, 0.15, 0.15),
 }
+TAUGHT = ("signs", "crowd")  # names of those that are only taught, and never asked about in a test
 LOOKING = 0.35  # share of a run in which the encoder learns to see, the language model left out
 READING = 0.1  # share of a run, after that, that is nearly all writing: mixed with the rest it is learnt last
 AGAIN = 4  # after the looking one step in so many is such a one

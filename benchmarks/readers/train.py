@@ -33,13 +33,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import illava  # noqa: E402
 from readers import architectures, attention, batches, card, states, tasks  # noqa: E402
-from readers.lessons import KINDS, LOOKING, READING, Course, Lessons  # noqa: E402
+from readers.lessons import KINDS, LOOKING, READING, TAUGHT, Course, Lessons  # noqa: E402
 from readers.sight import Sight  # noqa: E402
 
 OTHERS = 0.2  # learning rate of what is no matrix of a block or layer, as a share of theirs
 SIGHT = 0.3  # weight of what the encoder sees beside the answers, thereafter
 STATE = "state.safetensors"
-TAUGHT = ("signs", "crowd")  # kinds of pictures that are only taught
 HELD_OUT = 10**9  # added to the seed of validation pictures
 
 
