@@ -1,6 +1,7 @@
 """How the readers are trained: the attention, the order of lessons, and processes that share the work."""
 
 import copy
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -158,6 +159,7 @@ def test_crowds_ask_what_stands_in_the_cell_beside():
         scene = scenes.chart(np.random.default_rng(seed), "train", 96, calm=0)
         questions = tasks.crowd_questions(scene)
         assert all(question.task == "" for question in questions)  # the test asks of colours alone
+        questions = [question for question in questions if not question.text.startswith("how many")]
         shown = {(thing.row, thing.column): thing for thing in scene.things}
         for question in questions:
             words = question.text.split()
@@ -168,6 +170,19 @@ def test_crowds_ask_what_stands_in_the_cell_beside():
             row = [shown.get((thing.row + n * down, thing.column + n * across)) for n in (1, 2)]
             ahead = [other.name for other in row if other and other.kind != scenes.WRITING]
             assert question.answer == ahead[0]
+
+
+def test_crowds_ask_how_many_there_are_up_to_nine():
+    most = 0
+    for seed in range(8):
+        scene = scenes.chart(np.random.default_rng(seed), "train", 192, calm=0)
+        asked = {q.text: q.answer for q in tasks.crowd_questions(scene) if q.text.startswith("how many")}
+        seen = Counter(f"{t.colour} digits" for t in scene.things if t.kind == "digit")
+        seen += Counter(f"{t.kind}s" for t in scene.things if t.kind != scenes.WRITING)
+        expected = {f"how many {things} are there ?": n for things, n in seen.items() if n < 10}
+        assert asked == {text: material.NUMBERS[n] for text, n in expected.items()}
+        most = max(most, *seen.values())
+    assert most > 9  # more than has a name, so that this is tested
 
 
 def test_signs_begin_short_and_are_not_tested():

@@ -14,7 +14,7 @@ split and the number of the item.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -86,18 +86,17 @@ def spatial_questions(scene: Scene) -> list[Question]:
 
 
 def count_questions(scene: Scene) -> list[Question]:
-    """How many digits in all, of each colour there is, and of each shape there is."""
+    """How many digits in all, of each colour there is, and of each shape there is; up to nine."""
     digits = scene.of_kind("digit")
-    answer = material.NUMBERS[len(digits)]
-    questions = [Question("count", "how many digits are there ?", answer)]
+    counts = {"digits": len(digits)}
     for colour in sorted({thing.colour for thing in digits}):
-        count = sum(thing.colour == colour for thing in digits)
-        text = f"how many {colour} digits are there ?"
-        questions.append(Question("count", text, material.NUMBERS[count]))
-    for shape in material.SHAPES:
-        if count := len(scene.of_kind(shape)):
-            questions.append(Question("count", f"how many {shape}s are there ?", material.NUMBERS[count]))
-    return questions
+        counts[f"{colour} digits"] = sum(thing.colour == colour for thing in digits)
+    counts |= {f"{shape}s": len(scene.of_kind(shape)) for shape in material.SHAPES}
+    return [
+        Question("count", f"how many {things} are there ?", material.NUMBERS[count])
+        for things, count in counts.items()
+        if 0 < count < len(material.NUMBERS)
+    ]
 
 
 def text_questions(scene: Scene) -> list[Question]:
@@ -159,15 +158,16 @@ def writing_questions(scene: Scene) -> list[Question]:
 
 
 def crowd_questions(scene: Scene) -> list[Question]:
-    """For training: what stands beside things that alone have their name, and the one digit of a colour."""
+    """For training: what stands beside things that alone have a name or colour, and how many there are."""
     named = [thing for thing in scene.things if thing.kind != scenes.WRITING]
     called = [(thing, thing.name) for thing in _alone(named, "name")]
     called += [(thing, f"{thing.colour} digit") for thing in _alone(scene.of_kind("digit"), "colour")]
-    return [
+    besides = [
         Question("", f"what is {_where(relation)} the {name} ?", other.name)
         for thing, name in called
         for relation, other in scenes.beside(scene.things, thing).items()
     ]
+    return besides + [replace(question, task="") for question in count_questions(scene)]
 
 
 def _where(relation: str) -> str:
