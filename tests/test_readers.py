@@ -183,6 +183,15 @@ def test_the_card_says_once_for_each_task_where_it_is_weak():
     assert card.weak_tasks(right) == ["- count: 192 px (61.0%)", "- text: 96 px (0.0%), 128 px (0.4%)"]
 
 
+def test_a_card_says_what_a_reader_began_from():
+    assert card._began("random weights", "qwen2_5_vl") == "random weights"
+    assert card._began("made/qwen2_5_vl, weights 0a", "qwen2_5_vl") == "an earlier reader's\nweights (`0a`),"
+    both = "made/qwen2_5_vl, weights 0a; made/internvl, weights 1b"
+    language = ", its language\nmodel from that of `made/internvl` (weights `1b`),"
+    assert card._began(both, "qwen2_5_vl") == f"an earlier reader's\nweights (`0a`){language}"
+    assert card._began("made/internvl, weights 1b", "qwen2_5_vl") == f"random weights{language}"
+
+
 @pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda path: path.name)
 def test_the_card_is_the_one_made_of_what_was_noted(folder, tmp_path):
     made = tmp_path / folder.name

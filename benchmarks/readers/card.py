@@ -108,10 +108,14 @@ def weak_tasks(right: dict[str, float]) -> list[str]:
 def _began(source: str, name: str) -> str:
     if source == "random weights":
         return source
-    folder, weights = source.split(", weights ")
-    if Path(folder).name == name:
-        return f"an earlier reader's\nweights (`{weights}`),"
-    return f"random weights, its language\nmodel from that of `{folder}` (weights `{weights}`),"
+    begun, language = "random weights", ""
+    for part in source.split("; "):
+        folder, weights = part.split(", weights ")
+        if Path(folder).name == name:
+            begun = f"an earlier reader's\nweights (`{weights}`)"
+        else:
+            language = f", its language\nmodel from that of `{folder}` (weights `{weights}`)"
+    return f"{begun}{language},"
 
 
 def write(folder: Path) -> None:

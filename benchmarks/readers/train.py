@@ -145,7 +145,10 @@ def parse() -> argparse.Namespace:
     add("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     add("--workers", type=int, default=0, help="processes that draw pictures, for a GPU")
     add("--every", type=int, default=250, help="steps between validations, saved states and checkpoints")
-    add("--start-from", type=Path, help="checkpoint whose weights of equal shape to begin with")
+    add(
+        "--start-from", type=Path, nargs="+", default=[],
+        help="checkpoints whose weights of equal shape to begin with; of two that fit, the last one's",
+    )  # fmt: skip
     options = parser.parse_args()
     looking, reading, begin = options.looking, options.reading, options.begin
     if min(looking, reading) < 0 or looking + reading > 1 or looking == 1:
@@ -167,8 +170,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     process = share(device)
     model, processor = architectures.build(family, tasks.WORDS, seed=options.seed)
-    if options.start_from:
-        architectures.borrow(model, options.start_from)
+    for folder in options.start_from:
+        architectures.borrow(model, folder)
     if device.type == "cpu":
         attention.use(model)
     average = copy.deepcopy(model).to(device)  # what is validated and saved
@@ -239,9 +242,8 @@ def average_gradients(weights: list[nn.Parameter]) -> None:
 
 def note(out: Path, options: argparse.Namespace, model: nn.Module, device: torch.device) -> None:
     """Write down how this run was asked for, and what with."""
-    threads, began = torch.get_num_threads(), "random weights"
-    if options.start_from:
-        began = f"{options.start_from}, weights {states.fingerprint(options.start_from)}"
+    threads = torch.get_num_threads()
+    began = [f"{folder}, weights {states.fingerprint(folder)}" for folder in options.start_from]
     noted = {
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "seed": options.seed, "steps asked for": options.steps,
@@ -249,7 +251,7 @@ def note(out: Path, options: argparse.Namespace, model: nn.Module, device: torch
         "course of questions from": options.begin,
         "factor on batches": options.size,
         "highest learning rate": options.learning_rate,
-        "began from": began,
+        "began from": "; ".join(began) or "random weights",
         "processes": distributed.get_world_size() if distributed.is_initialized() else 1,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {threads} threads",
         "torch": torch.__version__, "transformers": transformers.__version__,
