@@ -185,6 +185,21 @@ def test_crowds_ask_how_many_there_are_up_to_nine():
     assert most > 9  # more than has a name, so that this is tested
 
 
+def test_tallies_have_much_to_count():
+    """And every answer is the number of such things in the picture, at most of three colours of digits."""
+    answers = Counter()
+    for seed in range(30):
+        scene = tasks.tally_scene(np.random.default_rng(seed), "train", 192)
+        assert 1 <= len({thing.colour for thing in scene.of_kind("digit")}) <= 3
+        for question in tasks.count_questions(scene):
+            *colour, kinds = question.text.split()[2:-3]
+            fitting = [t for t in scene.things if f"{t.kind}s" == kinds and colour in ([], [t.colour])]
+            assert question.answer == material.NUMBERS[len(fitting)]
+            answers[question.answer] += 1
+    assert answers["one"] < 0.5 * answers.total()
+    assert set(material.NUMBERS[1:7]) == set(answers)
+
+
 def test_signs_begin_short_and_are_not_tested():
     lengths = [
         np.mean([len(t.name) for seed in range(12)

@@ -24,7 +24,7 @@ class Kind:
     """What a batch is made of.
 
     Attributes:
-        name: "picture", "several", "video" or, for training, "signs" or "crowd".
+        name: "picture", "several", "video" or, for training, "signs", "crowd" or "tally".
         side: pixels of a side.
         count: pictures, or frames of the video.
         items: items in a batch.
@@ -213,6 +213,9 @@ def sample(
         elif kind.name == "crowd":
             scene = scenes.chart(rng, split, kind.side, calm=ease)
             item = Item((scene.pixels,), None, tuple(tasks.crowd_questions(scene)), (scene.labels,))
+        elif kind.name == "tally":
+            scene = tasks.tally_scene(rng, split, kind.side)
+            item = Item((scene.pixels,), None, tuple(tasks.count_questions(scene)), (scene.labels,))
         else:
             scene = tasks.picture_scene(rng, split, kind.side, ease=ease)
             item = Item((scene.pixels,), None, tuple(tasks.picture_questions(scene)), (scene.labels,))

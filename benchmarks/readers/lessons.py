@@ -22,8 +22,10 @@ KINDS = {
     Kind("signs", 192, 1, 12): (0.0, 0.15, 0.10, 0.15, 0.15),
     Kind("crowd", 96, 1, 24): (0.0, 0.0, 0.25, 0.20, 0.20),
     Kind("crowd", 192, 1, 10): (0.0, 0.0, 0.10, 0.15, 0.15),
+    Kind("tally", 96, 1, 48): (0.0, 0.0, 0.10, 0.10, 0.20),
+    Kind("tally", 192, 1, 16): (0.0, 0.0, 0.10, 0.15, 0.40),
 }
-TAUGHT = ("signs", "crowd")  # names of those that are only taught, and never asked about in a test
+TAUGHT = ("signs", "crowd", "tally")  # names of those that are only taught, and never asked about in a test
 LOOKING = 0.35  # share of a run in which the encoder learns to see, the language model left out
 READING = 0.1  # share of a run, after that, that is nearly all writing: mixed with the rest it is learnt last
 AGAIN = 4  # after the looking one step in so many is such a one

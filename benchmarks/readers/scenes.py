@@ -127,9 +127,9 @@ def _write(canvas: Canvas, rng, split, thing: Thing, cell: int) -> None:
     put(canvas, ink, font, thing.name, x, y, thing.colour, rng)
 
 
-def _colours(rng: np.random.Generator, count: int) -> list[str]:
+def _colours(rng: np.random.Generator, count: int, palette: int | None) -> list[str]:
     """Colours of `count` digits, some shared, so that counting by colour has something to do."""
-    names = list(rng.permutation(list(material.COLOURS)))
+    names = list(rng.permutation(list(material.COLOURS)))[:palette]
     colours = names[: min(count, len(names))] + list(rng.choice(names, max(0, count - len(names))))
     if count > 2 and rng.random() < 0.6:
         shared = int(rng.integers(1, count - 1))
@@ -138,13 +138,15 @@ def _colours(rng: np.random.Generator, count: int) -> list[str]:
 
 
 def picture(
-    rng: np.random.Generator, split: str, side: int, *, digits: int, shapes: int = 0, writing: bool = False
-) -> Scene:
+    rng: np.random.Generator, split: str, side: int, *, digits: int, shapes: int = 0, writing: bool = False,
+    palette: int | None = None,
+) -> Scene:  # fmt: skip
     """Draw one picture of `side` x `side` pixels.
 
     Args:
         digits, shapes: how many of each. Cells that writing takes reduce what fits.
         writing: whether a string is written in it, over two cells side by side.
+        palette: how many colours there are for the digits; None for all.
     """
     cells = CELLS[side]
     cell = side // cells
@@ -158,7 +160,7 @@ def picture(
         things.append(Thing(WRITING, string, colour, row, column))
     places = [sorted(free)[i] for i in rng.permutation(len(free))]
     digits = min(digits, len(places))
-    for colour in _colours(rng, digits):
+    for colour in _colours(rng, digits, palette):
         things.append(Thing("digit", material.NUMBERS[rng.integers(10)], colour, *places.pop()))
     for _ in range(min(shapes, len(places))):
         kind = material.SHAPES[rng.integers(len(material.SHAPES))]

@@ -174,6 +174,14 @@ def _where(relation: str) -> str:
     return relation if relation in ("above", "below") else f"{relation} of"
 
 
+def tally_scene(rng: np.random.Generator, split: str, side: int) -> Scene:
+    """For training: a picture whose things have few colours and forms, so that most counts are not one."""
+    cells = scenes.CELLS[side]
+    digits = int(rng.integers(1, min(7, cells * cells)))
+    shapes = int(rng.integers(0, min(7, cells * cells - digits + 1)))
+    return scenes.picture(rng, split, side, digits=digits, shapes=shapes, palette=int(rng.integers(1, 4)))
+
+
 def several_scenes(rng: np.random.Generator, split: str, side: int, count: int) -> list[Scene]:
     """Pictures for the fifth task: few digits each, so that most are in one picture only."""
     return [
