@@ -14,7 +14,7 @@ from readers import tasks
 
 FOLDER = Path(__file__).resolve().parent.parent / "illava" / "demo" / "samples"
 # Name, task, number of the item: the readers' test split.
-PICTURES = (("white", "find", 0), ("green", "find", 3), ("beside", "spatial", 1), ("pink", "find", 13))
+PICTURES = (("white", "find", 0), ("green", "find", 3), ("beside", "spatial", 1), ("writing", "text", 4))
 SEVERAL = ("several", 5)
 CLIP = ("video", 4)
 CLIP_RATE = 24  # frames a second the reader was trained at

@@ -29,7 +29,7 @@ SAMPLES = (
     Sample(("white.jpg",), "which digit is white ?"),
     Sample(("green.jpg",), "which digit is green ?"),
     Sample(("beside.jpg",), "what is left of the white digit ?"),
-    Sample(("pink.jpg",), "which digit is pink ?"),
+    Sample(("writing.jpg",), "what is written ?"),
     Sample(
         ("several_1.jpg", "several_2.jpg", "several_3.jpg", "several_4.jpg"),
         "in which picture is the green digit ?",
