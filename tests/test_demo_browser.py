@@ -405,7 +405,7 @@ def test_two_tabs_at_once_do_not_disturb_each_other(open_tab, server, pictures, 
 def test_nothing_is_kept_of_a_closed_tab(open_tab, server, pictures):
     others = set(server.sessions)
     tab = open_tab()
-    upload(tab, pictures["pink"])
+    upload(tab, pictures["writing"])
     (name,) = eventually(lambda: set(server.sessions) - others)
     (file,) = eventually(lambda: server.sessions.of(name).files)
     assert file.is_file()
