@@ -176,8 +176,9 @@ def test_a_search_on_real_answers(loaded, items):
 def test_at_98_percent_of_unseen_answers_the_plan_is_faster_than_the_default_layers(loaded, tmp_path):
     """Half of the 40 items choose, and the other half, never seen, count.
 
-    The time to the first token is compared by medians of calls in turns. It came out 2.04 times as fast
-    beside one other process, and once, with five on two cores, no faster; only that it is faster at all is asserted.
+    The time to the first token is compared by medians of calls in turns. It came out 2.04 times as
+    fast beside one other process, and once, with five on two cores, no faster; only that it is faster
+    at all is asserted.
     """
     data = write_questions(tmp_path, ("find",), 40, side=96)
     found = evaluate.find_plan(
