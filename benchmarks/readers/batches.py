@@ -207,21 +207,29 @@ def sample(
             shown = tasks.several_scenes(rng, split, kind.side, kind.count)
             pixels, labels = zip(*((scene.pixels, scene.labels) for scene in shown), strict=True)
             item = Item(pixels, None, tuple(tasks.several_questions(shown)), labels)
-        elif kind.name == "signs":
-            scene = scenes.signs(rng, split, kind.side, ease=ease)
-            item = Item((scene.pixels,), None, tuple(tasks.writing_questions(scene)), (scene.labels,))
-        elif kind.name == "crowd":
-            scene = scenes.chart(rng, split, kind.side, calm=ease)
-            item = Item((scene.pixels,), None, tuple(tasks.crowd_questions(scene)), (scene.labels,))
-        elif kind.name == "tally":
-            scene = tasks.tally_scene(rng, split, kind.side)
-            item = Item((scene.pixels,), None, tuple(tasks.count_questions(scene)), (scene.labels,))
         else:
-            scene = tasks.picture_scene(rng, split, kind.side, ease=ease)
-            item = Item((scene.pixels,), None, tuple(tasks.picture_questions(scene)), (scene.labels,))
+            scene, questions = _drawn(rng, kind, split, ease)
+            item = Item((scene.pixels,), None, tuple(questions), (scene.labels,))
         if chosen := _choose(rng, item.questions, most):
             items.append(replace(item, questions=chosen))
     return items
+
+
+def _drawn(
+    rng: np.random.Generator, kind: Kind, split: str, ease: float
+) -> tuple[scenes.Scene, list[Question]]:
+    """One picture of a kind, and all that is asked about it."""
+    if kind.name == "signs":
+        scene = scenes.signs(rng, split, kind.side, ease=ease)
+        return scene, tasks.writing_questions(scene)
+    if kind.name == "crowd":
+        scene = scenes.chart(rng, split, kind.side, calm=ease)
+        return scene, tasks.crowd_questions(scene)
+    if kind.name == "tally":
+        scene = tasks.tally_scene(rng, split, kind.side)
+        return scene, tasks.count_questions(scene)
+    scene = tasks.picture_scene(rng, split, kind.side, ease=ease)
+    return scene, tasks.picture_questions(scene)
 
 
 def _choose(rng, questions, most: int) -> tuple[Question, ...]:
