@@ -130,6 +130,45 @@ def test_labels_say_what_stands_beside_a_digit():
     assert asked > 20
 
 
+def test_labels_say_how_many_are_alike():
+    """As the questions of counting ask it; nobody asks it of the photograph and of writing."""
+    asked = set()
+    for seed in range(12):
+        scene = tasks.tally_scene(np.random.default_rng(seed), "train", 192)
+        ours, here = scene.labels[..., canvas.ALIKE], scene.labels[..., canvas.NAME]
+        colours = scene.labels[..., canvas.COLOUR]
+        assert (ours[(here == 0) | (here == canvas.WRITING)] == canvas.NOT_ASKED).all()
+        digit = (here > 0) & (here <= len(material.NUMBERS))
+        for question in tasks.count_questions(scene):
+            things, count = question.text.split()[2:-3], material.NUMBERS.index(question.answer)
+            if things == ["digits"]:
+                assert set(ours[digit, 1]) == {count}
+            elif things[0] in material.COLOURS:
+                alike = digit & (colours == 1 + list(material.COLOURS).index(things[0]))
+                assert set(ours[alike, 0]) == {count}
+            else:
+                shape = here == 1 + len(material.NUMBERS) + tasks.PLURALS.index(things[0])
+                assert set(ours[shape, 0]) == {count}
+                assert set(ours[shape, 1]) == {canvas.NOT_ASKED}
+            asked.add((things[-1], count))
+    assert len(asked) > 12
+
+
+@pytest.mark.parametrize("side", [96, 128, 192])
+def test_labels_of_tiles(side):
+    """Each thing has one middle in the whole picture, and one in its tiles; only the whole counts."""
+    scene = tasks.tally_scene(np.random.default_rng(1), "train", side)
+    *tiles, whole = batches._tiles(scene.labels)
+    assert [tile.shape for tile in tiles] == [whole.shape] * (4 if side == 192 else 0)
+    assert whole[..., canvas.MIDDLE].sum() == len(scene.things)
+    assert set(whole[..., canvas.ALIKE].flat) >= {len(scene.of_kind("digit")), canvas.NOT_ASKED}
+    if tiles:
+        joined = np.concatenate([np.concatenate(tiles[i : i + 2], 1) for i in (0, 2)])  # [12, 12, LABELS]
+        seen = slice(canvas.SPELLED.stop)
+        assert (joined[..., seen] == scene.labels[..., seen]).all()
+        assert (joined[..., canvas.ALIKE] == canvas.NOT_ASKED).all()
+
+
 @pytest.fixture(scope="module", params=architectures.FAMILIES)
 def built(request):
     return architectures.build(request.param, tasks.WORDS)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from readers import material, scenes, tasks
+from readers import canvas, material, scenes, tasks
 from readers.architectures import TILE, UNIT
 from readers.tasks import Item, Question
 
@@ -168,13 +168,23 @@ class Composer:
 def _tiles(whole: np.ndarray) -> list[np.ndarray]:
     """The labels `[6, 6, LABELS]` of the tiles that InternVL's processor cuts a square picture into."""
     side = TILE // UNIT
-    near = (np.arange(side) * len(whole) + len(whole) // 2) // side
-    thumbnail = whole[near][:, near]
+    thumbnail = _resized(whole, side)
     if len(whole) * UNIT < 136:  # one tile, see architectures
         return [thumbnail]
-    near = (np.arange(2 * side) * len(whole) + len(whole) // 4) // (2 * side)
-    large = whole[near][:, near]  # [12, 12, LABELS]
+    large = _resized(whole, 2 * side)  # [12, 12, LABELS]
+    large[..., canvas.ALIKE] = canvas.NOT_ASKED  # a tile does not see what stands in the others
     return [large[i : i + side, j : j + side] for i in (0, side) for j in (0, side)] + [thumbnail]
+
+
+def _resized(whole: np.ndarray, side: int) -> np.ndarray:
+    """The nearest labels for `[side, side]` units of another size; a thing keeps one middle."""
+    near = (np.arange(side) * len(whole) + len(whole) // 2) // side
+    resized = whole[near][:, near]
+    middles = np.argwhere(whole[..., canvas.MIDDLE])
+    rows, columns = (2 * middles + 1).T * side // (2 * len(whole))
+    resized[..., canvas.MIDDLE] = 0
+    resized[rows, columns, canvas.MIDDLE] = 1
+    return resized
 
 
 def charts(rng: np.random.Generator, kind: Kind, split: str, *, calm: float) -> list[Item]:

@@ -14,7 +14,8 @@ CHARACTERS = string.ascii_lowercase + string.digits
 LONGEST = 4  # characters of a string
 # What is noted of a unit.
 NAME, COLOUR, BESIDE, MIDDLE, SPELLED = 0, 1, slice(2, 6), 6, slice(7, 7 + LONGEST)
-LABELS = SPELLED.stop
+ALIKE = slice(SPELLED.stop, SPELLED.stop + 2)
+LABELS = ALIKE.stop
 WRITING = 1 + len(material.NUMBERS) + len(material.SHAPES)  # the name of what is written
 NOT_ASKED = -1
 
@@ -26,8 +27,9 @@ class Canvas:
         pixels: `[side, side, 3]` float32.
         labels: `[side / 16, side / 16, LABELS]` int: `NAME` of what is seen there (0 nothing, then digits,
             shapes, writing) and its `COLOUR` (0 none); what stands `BESIDE` it, left, right, above and
-            below (0 nothing, else the name); whether its `MIDDLE` is there; and `SPELLED`, for each place in
-            a string the character of that place whose middle is there (0 none).
+            below (0 nothing, else the name); whether its `MIDDLE` is there; `SPELLED`, for each place in a
+            string the character of that place whose middle is there (0 none); and how many in the picture
+            are `ALIKE`: digits of a digit's colour or shapes of a shape's form, and digits in all.
     """
 
     def __init__(self, pixels: np.ndarray) -> None:
@@ -62,6 +64,10 @@ class Canvas:
         """Say of the units of what was noted as the `number`-th, from 0, what stands on its four sides."""
         self.labels[self._owner == number, BESIDE] = names
 
+    def note_alike(self, number: int, counts: tuple[int, int]) -> None:
+        """Say of the units of what was noted as the `number`-th, from 0, how many are alike."""
+        self.labels[self._owner == number, ALIKE] = counts
+
     def note_character(self, x: float, y: float, place: int, character: str) -> None:
         """Label the unit that holds the middle of a string's character number `place`, from 0."""
         last = UNIT_PX * len(self.labels) - 1
@@ -72,9 +78,9 @@ class Canvas:
 
 
 def nothing(units: int) -> np.ndarray:
-    """Labels `[units, units, LABELS]` of an empty picture, in which nobody asks what is beside nothing."""
+    """Labels `[units, units, LABELS]` of an empty picture: nobody asks what is beside, or like, nothing."""
     labels = np.zeros((units, units, LABELS), np.int64)
-    labels[..., BESIDE] = NOT_ASKED
+    labels[..., BESIDE] = labels[..., ALIKE] = NOT_ASKED
     return labels
 
 

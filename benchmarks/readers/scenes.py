@@ -12,7 +12,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from readers import material
-from readers.canvas import NAME, UNIT_PX, Canvas, background, draw_ink, finish, lettering, nothing, put, shade
+from readers.canvas import (
+    NAME,
+    NOT_ASKED,
+    UNIT_PX,
+    Canvas,
+    background,
+    draw_ink,
+    finish,
+    lettering,
+    nothing,
+    put,
+    shade,
+)
 
 CELLS = {96: 2, 128: 3, 192: 4, 256: 5}  # cells a side of a picture of so many pixels
 WRITING = "writing"
@@ -91,12 +103,21 @@ def _number(thing: Thing) -> int:
 
 
 def _relate(canvas: Canvas, things: Sequence[Thing]) -> None:
-    """Note on each of the things, drawn in their order, what stands beside it."""
+    """Note on each of the things, drawn in their order, what stands beside it and how many are like it."""
+    colours = [thing.colour for thing in things if thing.kind == "digit"]
     for number, thing in enumerate(things):
-        if thing.kind != WRITING:
-            found = beside(things, thing)
-            names = (_number(found[side]) if side in found else 0 for side in RELATIONS)
-            canvas.note_beside(number, tuple(names))
+        if thing.kind == WRITING:
+            continue
+        found = beside(things, thing)
+        names = (_number(found[side]) if side in found else 0 for side in RELATIONS)
+        canvas.note_beside(number, tuple(names))
+        if thing.kind == "digit":
+            counts = colours.count(thing.colour), len(colours)
+        else:
+            counts = sum(other.kind == thing.kind for other in things), 0
+        # Nobody is asked to count beyond nine; nor all digits of a picture on what is none.
+        alike, digits = (count if 0 < count < len(material.NUMBERS) else NOT_ASKED for count in counts)
+        canvas.note_alike(number, (alike, digits))
 
 
 def _draw(canvas: Canvas, rng, split, thing: Thing, cell: int) -> None:
