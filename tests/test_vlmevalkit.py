@@ -106,7 +106,7 @@ def test_predictions_and_scores_are_the_models_own(items, tmp_path):
     for name in expected:
         for data, said in (("drawn", expected[name]), ("choices", chosen[name])):
             (file,) = {path.resolve() for path in (tmp_path / "out" / name).rglob(f"{name}_{data}.tsv")}
-            table = pandas.read_csv(file, sep="\t").sort_values("index")
+            table = pandas.read_csv(file, sep="\t", keep_default_na=False).sort_values("index")
             # VLMEvalKit keeps a picture as a JPEG or PNG of its own: the answers say that nothing was lost.
             assert [str(text).strip() for text in table["prediction"]] == said
         (file,) = {path.resolve() for path in (tmp_path / "out" / name).rglob(f"{name}_choices*_acc.csv")}
