@@ -174,16 +174,18 @@ def test_crowds_ask_what_stands_in_the_cell_beside():
 
 
 def test_crowds_ask_how_many_there_are_up_to_nine():
-    most = 0
-    for seed in range(8):
+    most, colours = 0, set()
+    for seed in range(16):
         scene = scenes.chart(np.random.default_rng(seed), "train", 192, calm=0)
         asked = {q.text: q.answer for q in tasks.crowd_questions(scene) if q.text.startswith("how many")}
-        seen = Counter(f"{t.colour} digits" for t in scene.things if t.kind == "digit")
+        seen = Counter(f"{t.colour} digits" for t in scene.of_kind("digit"))
         seen += Counter(f"{t.kind}s" for t in scene.things if t.kind != scenes.WRITING)
         expected = {f"how many {things} are there ?": n for things, n in seen.items() if n < 10}
         assert asked == {text: material.NUMBERS[n] for text, n in expected.items()}
         most = max(most, *seen.values())
+        colours.add(len({t.colour for t in scene.things}))
     assert most > 9  # more than has a name, so that this is tested
+    assert {1, 2, 3} < colours
 
 
 def test_tallies_have_much_to_count():

@@ -12,9 +12,9 @@ from readers.batches import Kind
 
 # Kinds of batches, and how often each is drawn in each part of a run.
 KINDS = {
-    Kind("picture", 96, 1, 32): (0.60, 0.00, 0.30, 0.10, 0.05),
-    Kind("picture", 128, 1, 24): (0.25, 0.00, 0.20, 0.15, 0.05),
-    Kind("picture", 192, 1, 12): (0.15, 0.15, 0.15, 0.25, 0.25),
+    Kind("picture", 96, 1, 32): (0.40, 0.00, 0.30, 0.10, 0.05),
+    Kind("picture", 128, 1, 24): (0.20, 0.00, 0.20, 0.15, 0.05),
+    Kind("picture", 192, 1, 12): (0.40, 0.15, 0.15, 0.25, 0.25),
     Kind("several", 96, 3, 12): (0.0, 0.0, 0.10, 0.10, 0.10),
     Kind("several", 128, 4, 6): (0.0, 0.0, 0.05, 0.15, 0.20),
     Kind("video", 96, 8, 12): (0.0, 0.0, 0.10, 0.10, 0.15),

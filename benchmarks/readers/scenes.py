@@ -219,6 +219,9 @@ def signs(rng: np.random.Generator, split: str, side: int, *, ease: float = 0.0)
 def chart(rng: np.random.Generator, split: str, side: int, *, calm: float) -> Scene:
     """A picture crowded with digits, shapes and writing, from which an encoder learns to see.
 
+    How crowded, and in how many colours, is drawn: what stands beside a thing may stand far off, and counting
+    what is alike begins with counting all.
+
     Args:
         calm: how much of the photograph's contrast is taken away, 0 to 1.
     """
@@ -226,17 +229,20 @@ def chart(rng: np.random.Generator, split: str, side: int, *, calm: float) -> Sc
     cells = side // cell
     still = background(rng, split, side)
     canvas, things = Canvas(still + calm * (still.mean((0, 1)) - still)), []
+    colours = list(rng.permutation(list(material.COLOURS)))[: int(rng.integers(1, len(material.COLOURS) + 1))]
+    crowded = rng.uniform(0.3, 1.0)
     for row in range(cells):
         column = 0
         while column < cells:
-            colour, number = str(rng.choice(list(material.COLOURS))), int(rng.integers(13))
+            colour, number = str(rng.choice(colours)), int(rng.integers(13))
             name = (*material.NUMBERS, *material.SHAPES)[number]
             thing = Thing("digit" if number < 10 else name, name, colour, row, column)
             if column + 1 < cells and rng.random() < 0.3:
                 thing = Thing(WRITING, material.written(rng, split), colour, row, column)
                 column += 1
-            _draw(canvas, rng, split, thing, cell)
-            things.append(thing)
+            if rng.random() < crowded:
+                _draw(canvas, rng, split, thing, cell)
+                things.append(thing)
             column += 1
     _relate(canvas, things)
     return Scene(finish(canvas.pixels, rng), tuple(things), canvas.labels)
