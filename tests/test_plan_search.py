@@ -57,13 +57,24 @@ def late_and_mild(candidate):
     return not candidate.llm_layers or (min(candidate.llm_layers) >= 2 and candidate.reduction <= 0.78)
 
 
-def cheapest_by_hand(space, rule):
-    """Every candidate of the space, one after the other."""
+def all_of(space):
+    """Every candidate of the space."""
     ways = [(x, rule) for x in space.encoder_layers for rule in (None, "bipartite")]
     encoder = [Candidate(x, (), e, e, rule) for x, rule in ways for e in ENCODER_REMOVES]
     totals = dict.fromkeys([*TOTALS, *DEFAULTS[:5]])
     decoder = [Candidate((), x, 0.0, r) for x in space.decoder_layers for r in totals]
-    return min((c for c in space.joined(encoder, decoder) if rule(c)), key=space.cost)
+    return space.joined(encoder, decoder)
+
+
+def cheapest_by_hand(space, rule):
+    return min(filter(rule, all_of(space)), key=space.cost)
+
+
+def test_four_blocks_in_the_middle_are_tried(loaded, trials):
+    """What keeps most of both readers' answers: at block 2 to 5 by likeness, then in the decoder's middle."""
+    space = Judge(loaded, *trials, lambda *_: None).space
+    fitting = [c for c in all_of(space) if (c.vit_layers, c.llm_layers) == ((2, 3, 4, 5), (4,))]
+    assert {(c.encoder_removes, c.reduction) for c in fitting if c.vit_merge == "bipartite"} > {(0.5, 0.667)}
 
 
 def test_the_cheapest_plan_that_holds_is_found(loaded, trials):
@@ -76,7 +87,7 @@ def test_the_cheapest_plan_that_holds_is_found(loaded, trials):
     assert search.default is None, "they merge in block 1"
     assert search.as_strong.plan.reduction == expected.reduction
     assert search.as_strong.agreement.value == 0
-    assert len(judge.asked) < 80, "not all of them"
+    assert len(judge.asked) < len(all_of(judge.space)) / 30, "not all of them"
 
 
 def test_units_most_alike_are_merged_where_that_alone_holds(loaded, trials):

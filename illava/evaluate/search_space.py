@@ -21,6 +21,8 @@ TOTALS = (0.95, 0.889, 0.778, 0.667, 0.5, 0.3)
 # Places of single merges, as shares of the depth.
 _DECODER_PLACES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2)
 _ENCODER_PLACES = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
+# Places that share one removal between them, a little in each.
+_ENCODER_MIDDLE = (1 / 4, 3 / 8, 1 / 2, 5 / 8)
 
 Layers = tuple[Any, ...]
 Rule = Literal["bipartite"] | None
@@ -107,10 +109,10 @@ class Space:
 
     @cached_property
     def encoder_layers(self) -> list[Layers]:
-        """Sets of encoder blocks: the default, single blocks, neighbours among them, the encoder's output.
+        """Sets of encoder blocks: the default, single ones, neighbours, four in the middle, the output.
 
-        Where blocks attend in windows, those that attend to the whole picture: the others cannot compare
-        tokens of different windows.
+        Where blocks attend in windows, single ones and neighbours are of those that attend to the whole
+        picture: the others cannot compare tokens of different windows.
         """
         depth, full = len(self.seams.blocks), sorted(self.seams.full_attention_blocks)
         inner = [block for block in full if block < depth - 1]
@@ -118,6 +120,7 @@ class Space:
             inner = sorted({round(place * depth) for place in _ENCODER_PLACES})
         sets: list[Layers] = [self.seams.vit_default, *((block,) for block in inner)]
         sets += [pair for pair in zip(inner, inner[1:], strict=False)]
+        sets.append(tuple(sorted({round(place * depth) for place in _ENCODER_MIDDLE})))
         return list(dict.fromkeys([*sets, (OUTPUT,)]))
 
     @property
