@@ -139,16 +139,19 @@ def test_labels_say_how_many_are_alike():
         colours = scene.labels[..., canvas.COLOUR]
         assert (ours[(here == 0) | (here == canvas.WRITING)] == canvas.NOT_ASKED).all()
         digit = (here > 0) & (here <= len(material.NUMBERS))
+        tallies = np.unique(scene.labels[here > 0][:, canvas.TALLY], axis=0)
+        assert len(tallies) == 1, "the same on every thing"
+        tally = dict(zip((*material.COLOURS, *tasks.PLURALS), tallies[0], strict=True))
         for question in tasks.count_questions(scene):
             things, count = question.text.split()[2:-3], material.NUMBERS.index(question.answer)
             if things == ["digits"]:
                 assert set(ours[digit, 1]) == {count}
             elif things[0] in material.COLOURS:
                 alike = digit & (colours == 1 + list(material.COLOURS).index(things[0]))
-                assert set(ours[alike, 0]) == {count}
+                assert set(ours[alike, 0]) == {count} == {tally[things[0]]}
             else:
                 shape = here == 1 + len(material.NUMBERS) + tasks.PLURALS.index(things[0])
-                assert set(ours[shape, 0]) == {count}
+                assert set(ours[shape, 0]) == {count} == {tally[things[0]]}
                 assert set(ours[shape, 1]) == {canvas.NOT_ASKED}
             asked.add((things[-1], count))
     assert len(asked) > 12
@@ -167,6 +170,7 @@ def test_labels_of_tiles(side):
         seen = slice(canvas.SPELLED.stop)
         assert (joined[..., seen] == scene.labels[..., seen]).all()
         assert (joined[..., canvas.ALIKE] == canvas.NOT_ASKED).all()
+        assert (joined[..., canvas.TALLY] == canvas.NOT_ASKED).all()
 
 
 @pytest.fixture(scope="module", params=architectures.FAMILIES)

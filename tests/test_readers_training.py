@@ -101,8 +101,8 @@ def test_sight_weighs_groups_and_what_is_there_alike():
     model, count = Blank(24), 50
     eye = sight.Sight(model)
     labels = torch.tensor(canvas.nothing(5)).flatten(0, 1).repeat(2, 1)  # [50, LABELS]
-    labels[0] = torch.tensor([3, 2, 1, 0, 13, 0, 1, 4, 0, 36, 0, 3, 9])
-    labels[1] = torch.tensor([14, 7, -1, -1, -1, -1, 0, 0, 5, 0, 0, -1, -1])
+    labels[0] = torch.tensor([3, 2, 1, 0, 13, 0, 1, 4, 0, 36, 0, 3, 9, *range(10)])
+    labels[1] = torch.tensor([14, 7, -1, -1, -1, -1, 0, 0, 5, 0, 0, -1, -1, *[-1] * 10])
     seen = torch.randn(count, 24)
     model.model.visual(seen)
     loss, right = eye(labels)
@@ -114,6 +114,7 @@ def test_sight_weighs_groups_and_what_is_there_alike():
         (range(6, 7), 2),
         (range(7, 11), 37),
         (range(11, 13), 10),
+        (range(13, 23), 10),
     ):
         each = {True: [], False: []}
         for column in columns:
@@ -126,7 +127,7 @@ def test_sight_weighs_groups_and_what_is_there_alike():
                     there += target > 0
         terms.append(sum(float(torch.stack(values).mean()) for values in each.values() if values))
     assert start == scores.shape[1]
-    assert float(loss) == pytest.approx(sum(terms) / 6, rel=1e-5)
+    assert float(loss) == pytest.approx(sum(terms) / 7, rel=1e-5)
     assert float(right) == pytest.approx(hits / there)
 
 

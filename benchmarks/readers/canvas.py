@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -15,7 +16,8 @@ LONGEST = 4  # characters of a string
 # What is noted of a unit.
 NAME, COLOUR, BESIDE, MIDDLE, SPELLED = 0, 1, slice(2, 6), 6, slice(7, 7 + LONGEST)
 ALIKE = slice(SPELLED.stop, SPELLED.stop + 2)
-LABELS = ALIKE.stop
+TALLY = slice(ALIKE.stop, ALIKE.stop + len(material.COLOURS) + len(material.SHAPES))
+LABELS = TALLY.stop
 WRITING = 1 + len(material.NUMBERS) + len(material.SHAPES)  # the name of what is written
 NOT_ASKED = -1
 
@@ -28,8 +30,9 @@ class Canvas:
         labels: `[side / 16, side / 16, LABELS]` int: `NAME` of what is seen there (0 nothing, then digits,
             shapes, writing) and its `COLOUR` (0 none); what stands `BESIDE` it, left, right, above and
             below (0 nothing, else the name); whether its `MIDDLE` is there; `SPELLED`, for each place in a
-            string the character of that place whose middle is there (0 none); and how many in the picture
-            are `ALIKE`: digits of a digit's colour or shapes of a shape's form, and digits in all.
+            string the character of that place whose middle is there (0 none); how many in the picture are
+            `ALIKE`: digits of a digit's colour or shapes of a shape's form, and digits in all; and on every
+            thing the `TALLY` of the picture, digits of each colour and shapes of each form.
     """
 
     def __init__(self, pixels: np.ndarray) -> None:
@@ -64,9 +67,10 @@ class Canvas:
         """Say of the units of what was noted as the `number`-th, from 0, what stands on its four sides."""
         self.labels[self._owner == number, BESIDE] = names
 
-    def note_alike(self, number: int, counts: tuple[int, int]) -> None:
-        """Say of the units of what was noted as the `number`-th, from 0, how many are alike."""
-        self.labels[self._owner == number, ALIKE] = counts
+    def note_counts(self, number: int, alike: tuple[int, int], tally: Sequence[int]) -> None:
+        """Say of the units of what was noted as the `number`-th, from 0, how many of what there are."""
+        self.labels[self._owner == number, ALIKE] = alike
+        self.labels[self._owner == number, TALLY] = tally
 
     def note_character(self, x: float, y: float, place: int, character: str) -> None:
         """Label the unit that holds the middle of a string's character number `place`, from 0."""
@@ -80,7 +84,7 @@ class Canvas:
 def nothing(units: int) -> np.ndarray:
     """Labels `[units, units, LABELS]` of an empty picture: nobody asks what is beside, or like, nothing."""
     labels = np.zeros((units, units, LABELS), np.int64)
-    labels[..., BESIDE] = labels[..., ALIKE] = NOT_ASKED
+    labels[..., BESIDE] = labels[..., ALIKE] = labels[..., TALLY] = NOT_ASKED
     return labels
 
 

@@ -6,6 +6,7 @@ real pictures. Things stand in the cells of a coarse grid, shifted a little: "le
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -104,7 +105,9 @@ def _number(thing: Thing) -> int:
 
 def _relate(canvas: Canvas, things: Sequence[Thing]) -> None:
     """Note on each of the things, drawn in their order, what stands beside it and how many are like it."""
-    colours = [thing.colour for thing in things if thing.kind == "digit"]
+    digits = Counter(thing.colour for thing in things if thing.kind == "digit")
+    shapes = Counter(thing.kind for thing in things)
+    tally = [*(digits[colour] for colour in material.COLOURS), *(shapes[shape] for shape in material.SHAPES)]
     for number, thing in enumerate(things):
         if thing.kind == WRITING:
             continue
@@ -112,12 +115,15 @@ def _relate(canvas: Canvas, things: Sequence[Thing]) -> None:
         names = (_number(found[side]) if side in found else 0 for side in RELATIONS)
         canvas.note_beside(number, tuple(names))
         if thing.kind == "digit":
-            counts = colours.count(thing.colour), len(colours)
+            alike = _asked(digits[thing.colour]), _asked(digits.total())
         else:
-            counts = sum(other.kind == thing.kind for other in things), 0
-        # Nobody is asked to count beyond nine; nor all digits of a picture on what is none.
-        alike, digits = (count if 0 < count < len(material.NUMBERS) else NOT_ASKED for count in counts)
-        canvas.note_alike(number, (alike, digits))
+            alike = _asked(shapes[thing.kind]), NOT_ASKED
+        canvas.note_counts(number, alike, [_asked(count) for count in tally])
+
+
+def _asked(count: int) -> int:
+    """Nobody is asked to count beyond nine."""
+    return count if count < len(material.NUMBERS) else NOT_ASKED
 
 
 def _draw(canvas: Canvas, rng, split, thing: Thing, cell: int) -> None:

@@ -2,8 +2,9 @@
 
 Real encoders are trained on pictures before they meet a language model. Here a linear layer on the visual
 tokens learns what stands in each unit (a digit, a shape, writing) and in which colour, what stands beside it,
-where its middle is, which characters of a string at which places, and how many things are like it; it teaches
-the encoder to see within minutes, where answers alone take hours, and is left out of the checkpoint.
+where its middle is, which characters of a string at which places, how many things are like it, and how many
+of each colour and form there are. It teaches the encoder to see within minutes, where answers alone take
+hours, and is left out of the checkpoint.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ GROUPS = (
     (slice(canvas.NAME, canvas.NAME + 1), NAMES), (slice(canvas.COLOUR, canvas.COLOUR + 1), COLOURS),
     (canvas.BESIDE, canvas.WRITING), (slice(canvas.MIDDLE, canvas.MIDDLE + 1), 2),
     (canvas.SPELLED, CHARACTERS), (canvas.ALIKE, len(material.NUMBERS)),
+    (canvas.TALLY, len(material.NUMBERS)),
 )  # fmt: skip
 
 
