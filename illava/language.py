@@ -243,13 +243,13 @@ class LanguageCall:
         return hidden + self.additions[layer].to(hidden)
 
     def leave_layer(self, layer: int, hidden: Tensor, rotary: Rotary) -> Tensor:
-        """Behind a merging layer: statistics, unless an earlier merge took them, then the merge.
+        """Behind a merging layer: statistics, unless an earlier merge took them or none counts; the merge.
 
         Args:
             rotary: what the layer was given.
         """
-        if self.scored_at[layer] in self.attended:
-            self.score(self.scored_at[layer], rotary)
+        if (at := self.scored_at.get(layer)) in self.attended:
+            self.score(at, rotary)
         hidden = self.merge(layer, hidden)
         stage = self.stages[-1]
         if stage.origin is None:
@@ -273,7 +273,7 @@ class LanguageCall:
         positions = old.gather(1, index).masked_fill(~kept, -1)
         entry = stage.entry.to(device).gather(1, index)
         sizes = None
-        if decision.mixture is not None:
+        if decision.grows:
             grown = decision.grow(stage.slot_sizes().flatten().to(decision.keep.device))
             sizes = grown.view(batch, slots).to(device).gather(1, index)
         self.stages.append(Stage(layer + 1, positions, entry, rows, sizes, index))
@@ -288,7 +288,9 @@ class LanguageCall:
 
         at = self.scored_at.get(layer, layer)
         scores = self._scores.pop(at, None)
-        if scores is not None and at in [self.scored_at[later] for later in self.removed if later > layer]:
+        if scores is not None and at in [
+            self.scored_at.get(later) for later in self.removed if later > layer
+        ]:
             self._scores[at] = scores.take(index)
 
         def apply(x: Tensor) -> Tensor:  # [B, n, d] to [B, n', d]

@@ -25,7 +25,7 @@ OUTPUT, INPUT = "output", "input"
 
 _CHOICES = {
     "score": ("attention", "lse"),
-    "merge": ("recycle", "prune", "linear"),
+    "merge": ("recycle", "prune", "linear", "bipartite"),
     "vit_merge": (None, "bipartite", "recycle", "prune", "linear"),
     "queries": ("text", "all", "visual", "last"),
     "window_score": ("window", "picture"),
@@ -40,7 +40,7 @@ class Plan:
         vit_layers: encoder blocks that merge, counted from 0; `None` for the family's default,
             `()` for none. `"output"` merges what the last block puts out, ranked by its attention.
         llm_layers: decoder layers that merge, likewise. `"input"` merges before the first layer, where
-            nothing has attended yet: with a function as `score`.
+            nothing has attended yet: with a function as `score`, or with `merge="bipartite"`.
         reduction: share of the visual tokens gone after the last merge, in [0, 1); the first way.
             `None` means 2/3 unless another budget is given. Paper: 0.667, 0.778, 0.889.
         encoder_share: share of the removed tokens that the encoder removes, in [0, 1]. Paper: 0.4.
@@ -54,11 +54,11 @@ class Plan:
         members: size of such a group, the recycled token included (paper: M = 5).
         score: `"attention"` received (paper, eq. 3), or `"lse"`, the query statistic that the
             paper's release reads, or a function of `illava.Candidates`.
-        merge: `"recycle"` (paper, section 3.2.2), `"prune"`, `"linear"` (first version), or a function of
-            `illava.Candidates` and of the places of those kept.
-        vit_merge: the encoder's rule, where it is another than `merge`: `"recycle"`, `"prune"`,
-            `"linear"`, or `"bipartite"`, which makes one of tokens whose features are most alike
-            (ToMe's bipartite soft matching, arXiv 2210.09461, section 3) whatever their `score`.
+        merge: `"recycle"` (paper, section 3.2.2), `"prune"`, `"linear"` (first version), or `"bipartite"`,
+            which makes one of tokens whose features are most alike (ToMe's bipartite soft matching,
+            arXiv 2210.09461, section 3) whatever their `score`; or a function of `illava.Candidates` and of
+            the places of those kept.
+        vit_merge: the encoder's rule, where it is another of these than `merge`.
         queries: whose attention counts in the language model: the later `"text"`, `"all"`,
             `"visual"` tokens, or the `"last"` token. With `"text"`, a picture after which no text
             comes is ranked by all its queries.
@@ -85,7 +85,7 @@ class Plan:
     recycled: float = 0.05
     members: int = 5
     score: Literal["attention", "lse"] | Callable[..., Any] = "attention"
-    merge: Literal["recycle", "prune", "linear"] | Callable[..., Any] = "recycle"
+    merge: Literal["recycle", "prune", "linear", "bipartite"] | Callable[..., Any] = "recycle"
     vit_merge: Literal["bipartite", "recycle", "prune", "linear"] | None = None
     queries: Literal["text", "all", "visual", "last"] = "text"
     window_score: Literal["window", "picture"] = "window"

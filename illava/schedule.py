@@ -55,7 +55,8 @@ class ModelPlan:
         vit_depth, llm_depth: blocks and layers of the model.
         merge_size: patches along one side of a merge unit.
         scored_at: for each merging decoder layer the one whose attention ranks the tokens: itself, or
-            where it has none (linear attention) the nearest before it that has.
+            where it has none (linear attention) the nearest before it that has. Empty where no attention
+            ranks them.
     """
 
     settings: Plan
@@ -217,7 +218,7 @@ def resolve(
         settled.append(tuple(sorted(x if isinstance(x, int) else ends[x] for x in layers)))
     _check_ends(plan, settled[0], settled[1], vit_depth)
     scored_at = {}
-    for layer in settled[1]:
+    for layer in settled[1] if plan.merge != "bipartite" else ():
         if layer < 0:
             continue
         before = [
@@ -250,11 +251,12 @@ def _check_ends(plan: Plan, vit: tuple[int, ...], llm: tuple[int, ...], vit_dept
             f"vit_layers={plan.vit_layers}: the last block's attention ranks what leaves the encoder, so "
             f"block {vit_depth - 1} cannot merge by it as well; leave one of them out"
         )
-    if -1 in llm and (not callable(plan.score) or plan.merge == "recycle"):
+    by_attention = plan.merge != "bipartite" and (not callable(plan.score) or plan.merge == "recycle")
+    if -1 in llm and by_attention:
         raise PlanError(
             f"llm_layers={plan.llm_layers}: nothing attends before the first decoder layer, so "
             f"score={name_of(plan.score)!r} with merge={name_of(plan.merge)!r} cannot choose there; give a "
-            "function as score, and 'prune' or a function as merge"
+            "function as score, and 'prune' or a function as merge, or 'bipartite' as merge"
         )
 
 

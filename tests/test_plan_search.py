@@ -1,6 +1,7 @@
 """The search for a plan: against rules whose cheapest plan is known, and on a model that sees."""
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -59,10 +60,11 @@ def late_and_mild(candidate):
 
 def all_of(space):
     """Every candidate of the space."""
-    ways = [(x, rule) for x in space.encoder_layers for rule in (None, "bipartite")]
-    encoder = [Candidate(x, (), e, e, rule) for x, rule in ways for e in ENCODER_REMOVES]
+    rules = ("recycle", "bipartite")
+    ways = product(space.encoder_layers, rules, ENCODER_REMOVES)
+    encoder = [Candidate(x, (), e, e, rule) for x, rule, e in ways]
     totals = dict.fromkeys([*TOTALS, *DEFAULTS[:5]])
-    decoder = [Candidate((), x, 0.0, r) for x in space.decoder_layers for r in totals]
+    decoder = [Candidate((), x, 0.0, r, rule) for x, rule, r in product(space.decoder_layers, rules, totals)]
     return space.joined(encoder, decoder)
 
 
@@ -74,7 +76,7 @@ def test_four_blocks_in_the_middle_are_tried(loaded, trials):
     """What keeps most of both readers' answers: at block 2 to 5 by likeness, then in the decoder's middle."""
     space = Judge(loaded, *trials, lambda *_: None).space
     fitting = [c for c in all_of(space) if (c.vit_layers, c.llm_layers) == ((2, 3, 4, 5), (4,))]
-    assert {(c.encoder_removes, c.reduction) for c in fitting if c.vit_merge == "bipartite"} > {(0.5, 0.667)}
+    assert {(c.encoder_removes, c.reduction) for c in fitting if c.merge == "bipartite"} > {(0.5, 0.667)}
 
 
 def test_the_cheapest_plan_that_holds_is_found(loaded, trials):
@@ -87,15 +89,15 @@ def test_the_cheapest_plan_that_holds_is_found(loaded, trials):
     assert search.default is None, "they merge in block 1"
     assert search.as_strong.plan.reduction == expected.reduction
     assert search.as_strong.agreement.value == 0
-    assert len(judge.asked) < len(all_of(judge.space)) / 30, "not all of them"
+    assert len(judge.asked) < len(all_of(judge.space)) / 25, "not all of them"
 
 
-def test_units_most_alike_are_merged_where_that_alone_holds(loaded, trials):
-    """In block 1, and beside the decoder, whose rule it leaves alone."""
+def test_tokens_most_alike_are_merged_where_that_alone_holds(loaded, trials):
+    """In block 1, and in the decoder."""
 
     def alike(candidate):
-        by_likeness = candidate.vit_merge == "bipartite" and candidate.vit_layers == (1,)
-        return (by_likeness or not candidate.vit_layers) and (not candidate.llm_layers or late(candidate))
+        by_likeness = candidate.merge == "bipartite" and candidate.vit_layers in ((1,), ())
+        return by_likeness and (not candidate.llm_layers or late(candidate))
 
     def late(candidate):
         return min(candidate.llm_layers) >= 2 and candidate.reduction <= 0.889
@@ -105,19 +107,18 @@ def test_units_most_alike_are_merged_where_that_alone_holds(loaded, trials):
     search.run()
     plan = search.best.plan
     assert plan == cheapest_by_hand(judge.space, alike).plan
-    assert (plan.vit_layers, plan.vit_merge, plan.merge) == ((1,), "bipartite", "recycle")
+    assert (plan.vit_layers, plan.merge, plan.vit_merge) == ((1,), "bipartite", None)
     assert plan.llm_layers
-    assert search.as_strong.plan.vit_merge is None, "the default layers merge as they do"
+    assert search.as_strong.plan.merge == "recycle", "the default layers merge as they do"
 
 
 def test_a_given_cost_is_met_with_either_rule(loaded, items):
     """Of the same layers and shares, which then cost the same."""
     judge = Judge(loaded, *[Trials(loaded, items[:1], 1, 1)] * 2, lambda *_: None)
     for found in (as_fast_as(1.3, judge.space), as_few_as(9, judge.pictures, judge.space)):
-        rules = [{c for c in found if c.vit_layers and c.vit_merge == rule} for rule in (None, "bipartite")]
-        assert {replace(c, vit_merge="bipartite") for c in rules[0]} == rules[1]
+        rules = [{c for c in found if c.merge == rule} for rule in ("recycle", "bipartite")]
+        assert {replace(c, merge="bipartite") for c in rules[0]} == rules[1]
         assert rules[1]
-        assert all(c.vit_merge is None for c in found if not c.vit_layers)
         assert len(found) == len(set(found))
 
 

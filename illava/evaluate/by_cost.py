@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 from illava.errors import NoPlanError
 from illava.evaluate.found import Choice
 from illava.evaluate.judge import Judge
-from illava.evaluate.search_space import ENCODER_REMOVES, Candidate, Layers, Rule, Space
+from illava.evaluate.search_space import ENCODER_REMOVES, RULES, Candidate, Layers, Rule, Space
 
 SURVIVE = 3  # one of so many goes on
 _FINE = tuple(round(0.30 + 0.01 * step, 2) for step in range(69))  # 0.30 to 0.98
@@ -72,13 +73,10 @@ def as_few_as(tokens: int, pictures: Sequence[tuple[int, int]], space: Space) ->
 
 
 def _pairs(space: Space) -> Iterable[tuple[Layers, Rule, float, Layers]]:
-    """Sets of both stages or one, the encoder's rule, and what it removes."""
-    for llm in space.decoder_layers:
-        yield (), None, 0.0, llm
-    for vit, rule in space.encoder_ways:
-        for removes in ENCODER_REMOVES[1::2]:
-            for llm in (*space.decoder_layers, ()):
-                yield vit, rule, removes, llm
+    """Sets of both stages or one, their rule, and what the encoder removes."""
+    for llm, rule in product(space.decoder_layers, RULES):
+        yield (), rule, 0.0, llm
+    yield from product(space.encoder_layers, RULES, ENCODER_REMOVES[1::2], (*space.decoder_layers, ()))
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any, Literal
 
 from illava.evaluate.loading import Loaded
@@ -25,10 +26,10 @@ _ENCODER_PLACES = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
 _ENCODER_MIDDLE = (1 / 4, 3 / 8, 1 / 2, 5 / 8)
 
 Layers = tuple[Any, ...]
-Rule = Literal["bipartite"] | None
-# How the encoder merges: as the default does, which the decoder does always, or by likeness. Where both hold,
-# which cost the same, the default is taken.
-_RULES: tuple[Rule, ...] = (None, "bipartite")
+Rule = Literal["recycle", "bipartite"]
+# How both stages merge: by attention, as the default does, or by likeness. Where both hold, which cost the
+# same, the default is taken.
+RULES: tuple[Rule, ...] = ("recycle", "bipartite")
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,14 @@ class Candidate:
         vit_layers, llm_layers: where it merges.
         encoder_removes: share of the visual tokens that the encoder removes.
         reduction: share that is gone after the last merge.
-        vit_merge: the encoder's rule, where it is not the default.
+        merge: the rule of both stages.
     """
 
     vit_layers: Layers
     llm_layers: Layers
     encoder_removes: float
     reduction: float
-    vit_merge: Rule = None
+    merge: Rule = "recycle"
 
     @property
     def plan(self) -> Plan:
@@ -54,7 +55,7 @@ class Candidate:
         share = Plan().encoder_share
         if self.vit_layers and self.llm_layers and self.reduction:  # one stage alone removes everything
             share = round(self.encoder_removes / self.reduction, 4)
-        return Plan(self.vit_layers, self.llm_layers, self.reduction, share, vit_merge=self.vit_merge)
+        return Plan(self.vit_layers, self.llm_layers, self.reduction, share, merge=self.merge)
 
     @property
     def parts(self) -> tuple[Candidate, ...]:
@@ -62,8 +63,8 @@ class Candidate:
         if not (self.vit_layers and self.llm_layers):
             return ()
         removed = self.encoder_removes
-        encoder = Candidate(self.vit_layers, (), removed, removed, self.vit_merge)
-        return encoder, Candidate((), self.llm_layers, 0.0, self.reduction)
+        encoder = Candidate(self.vit_layers, (), removed, removed, self.merge)
+        return encoder, Candidate((), self.llm_layers, 0.0, self.reduction, self.merge)
 
 
 @dataclass(frozen=True)
@@ -123,11 +124,6 @@ class Space:
         sets.append(tuple(sorted({round(place * depth) for place in _ENCODER_MIDDLE})))
         return list(dict.fromkeys([*sets, (OUTPUT,)]))
 
-    @property
-    def encoder_ways(self) -> list[tuple[Layers, Rule]]:
-        """Sets of encoder blocks, each with every rule."""
-        return [(layers, rule) for layers in self.encoder_layers for rule in _RULES]
-
     @cached_property
     def decoder_layers(self) -> list[Layers]:
         """Sets of decoder layers: the default, single layers, the default moved up."""
@@ -141,19 +137,20 @@ class Space:
 
     def encoder_only(self) -> list[list[Candidate]]:
         """For each set of blocks and rule, from the strongest to the mildest."""
-        return [[Candidate(x, (), e, e, rule) for e in ENCODER_REMOVES] for x, rule in self.encoder_ways]
+        ways = product(self.encoder_layers, RULES)
+        return [[Candidate(x, (), e, e, rule) for e in ENCODER_REMOVES] for x, rule in ways]
 
     def decoder_only(self) -> list[list[Candidate]]:
-        """For each set of layers, from the strongest to the mildest."""
-        return [[Candidate((), x, 0.0, r) for r in TOTALS] for x in self.decoder_layers]
+        """For each set of layers and rule, from the strongest to the mildest."""
+        ways = product(self.decoder_layers, RULES)
+        return [[Candidate((), x, 0.0, r, rule) for r in TOTALS] for x, rule in ways]
 
     def joined(self, encoder: Sequence[Candidate], decoder: Sequence[Candidate]) -> list[Candidate]:
-        """Plans of both stages from plans of one, and these themselves; the cheapest first."""
+        """Plans of both stages from plans of one, with the same rule, and these too; the cheapest first."""
         found = [
-            Candidate(e.vit_layers, d.llm_layers, e.encoder_removes, d.reduction, e.vit_merge)
-            for e in encoder
-            for d in decoder
-            if d.reduction > e.encoder_removes
+            Candidate(e.vit_layers, d.llm_layers, e.encoder_removes, d.reduction, e.merge)
+            for e, d in product(encoder, decoder)
+            if d.reduction > e.encoder_removes and d.merge == e.merge
         ]
         return sorted([*encoder, *decoder, *found], key=self.cost)
 

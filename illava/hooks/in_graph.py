@@ -39,7 +39,7 @@ def possible(call: LanguageCall | VisionCall) -> bool:
 
 def merge(call: LanguageCall, layer: int, hidden: Tensor, rotary: Rotary) -> Tensor:
     """Merge after `layer`, traced: `[B, n, d]` to `[B, n', d]`."""
-    at = call.scored_at[layer]
+    at = call.scored_at.get(layer)
     seen, scale = [], 0.0
     if at in call.attended:
         q, k, scale = call.attended.pop(at)

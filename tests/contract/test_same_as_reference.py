@@ -21,6 +21,10 @@ PLANS = {
     "language model alone": dict(reduction=0.6, vit_layers=()),
     "bipartite": dict(reduction=0.778, vit_merge="bipartite"),
     "bipartite, several rounds": dict(reduction=0.9, encoder_share=0.95, vit_merge="bipartite"),
+    "bipartite in both": dict(reduction=0.778, merge="bipartite"),
+    "bipartite in the language model, several rounds": dict(
+        reduction=0.9, encoder_share=0.1, merge="bipartite", vit_merge="prune"
+    ),
 }
 MAIN = {"paper": tools.MAIN, "recycled 0.3, members 3": tools.DEEP}
 

@@ -17,10 +17,10 @@ class Options:
     recycled: float = 0.05  # share of the kept units that absorb others
     members: int = 5  # units in a recycled unit's group, itself included
     score: str = "attention"  # or "lse"
-    merge: str = "recycle"  # or "prune", "linear"
+    merge: str = "recycle"  # or "prune", "linear", "bipartite"
     queries: str = "text"  # LLM: or "all", "visual", "last"
     window_score: str = "window"  # encoder: or "picture"
-    vit_merge: str | None = None  # encoder: another rule than `merge`, or "bipartite"
+    vit_merge: str | None = None  # encoder: another rule than `merge`
 
 
 @dataclass
@@ -122,7 +122,7 @@ def importance_of(q, k, allowed, counted, score):
 # ---------------------------------------------------------------- selecting and merging
 
 
-def merge_segment(x, q, k, importance, removed, g, options, sizes=None):
+def merge_segment(x, q, k, importance, removed, g, options, sizes=None, stage="vit", matched=None):
     """Merge one segment of N units: indices of the kept and the recycled units, and the features of the kept.
 
     Args:
@@ -131,14 +131,16 @@ def merge_segment(x, q, k, importance, removed, g, options, sizes=None):
         importance: of every member, `[N * g]`.
         removed: units to remove, at least 1.
         g: members of a unit.
-        sizes: of the encoder, how many units each already stands for; becomes that of the kept.
+        sizes: how many units each already stands for, in the language model from 1 anew; becomes that of the kept.
+        stage: "vit" or "llm".
+        matched: how many of the features tell by "bipartite" what is alike; `None` for all.
     """
     n = len(x) // g
     keep = n - removed
     units = x.reshape(n, g, -1)
-    rule = options.merge if sizes is None else options.vit_merge or options.merge
+    rule = options.merge if sizes is None or stage == "llm" else options.vit_merge or options.merge
     if rule == "bipartite":
-        return pairs_joined(units, removed, sizes)
+        return pairs_joined(units, removed, sizes, matched)
     unit_importance = importance.reshape(n, g).mean(1).tolist()
     order = sorted(
         range(n), key=lambda u: -unit_importance[u]
@@ -173,7 +175,7 @@ def merge_segment(x, q, k, importance, removed, g, options, sizes=None):
     return kept, recycled, merged[kept].flatten(0, 1)
 
 
-def pairs_joined(units, removed, sizes):
+def pairs_joined(units, removed, sizes, matched=None):
     """The rule "bipartite" on `units [N, g, D]`; as `merge_segment`, and `sizes` is changed in place."""
     features, weight, alive, grown = units.clone(), list(sizes), list(range(len(units))), set()
     while removed:
@@ -181,7 +183,9 @@ def pairs_joined(units, removed, sizes):
         match, likeness = {}, {}
         for even in evens if odds else []:
             cosines = [
-                torch.cosine_similarity(features[even].flatten(), features[odd].flatten(), dim=0).item()
+                torch.cosine_similarity(
+                    features[even][:, :matched].flatten(), features[odd][:, :matched].flatten(), dim=0
+                ).item()
                 for odd in odds
             ]
             likeness[even] = max(cosines)

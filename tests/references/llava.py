@@ -328,6 +328,7 @@ def read(model, input_ids, prompt_length, seen, merges, removed, options):
     held = [p for p in range(length) if p not in dead]  # the positions still alive, ascending
     x, angles = x[held], decoder_angles(model.config.text_config, length)[held]  # [S, D], [S, d]
     merges, alive = list(merges), []
+    stood_for = {}  # segment -> how many of its tokens each stands for
     for layer, block in enumerate(language.layers):
         alive.append([p in held for p in range(length)])
         attention, d = block.self_attn, angles.shape[-1]
@@ -349,8 +350,9 @@ def read(model, input_ids, prompt_length, seen, merges, removed, options):
             asking = asking_queries(held, segment_of, label, prompt_length, options.queries)  # [S]
             importance = importance_of(q, k, causal, causal & asking[:, None], options.score)
             kept, recycled, merged = merge_segment(
-                x[rows], q[:, rows], k[:, rows], importance[rows], removed[segment][layer], 1, options
-            )
+                x[rows], q[:, rows], k[:, rows], importance[rows], removed[segment][layer], 1, options,
+                stood_for.setdefault(segment, [1] * len(rows)), "llm",
+            )  # fmt: skip
             numbers = [number[held[i]] for i in rows]
             kept_numbers, recycled_numbers = [numbers[i] for i in kept], [numbers[i] for i in recycled]
             merges.append(Merge("llm", layer, segment, kept_numbers, recycled_numbers, merged, label[0]))

@@ -241,6 +241,7 @@ def read(model, input_ids, prompt_length, seen, positions, removed, options):
     held = [position for position in range(length) if position not in dead]  # still alive, ascending
     x, angles = x[held], decoder_angles(config, positions)[held]  # [S, D], [S, turned part of d]
     merges, alive = [], []
+    stood_for = {}  # segment -> how many of its tokens each stands for
     asked = None  # positions, rotated queries and keys of the last full-attention layer
     for layer, block in enumerate(language.layers):
         alive.append([position in held for position in range(length)])
@@ -270,8 +271,9 @@ def read(model, input_ids, prompt_length, seen, positions, removed, options):
             asking = asking_queries(then, segment_of, segment, prompt_length, options.queries)  # [S then]
             importance = importance_of(q, k, causal, causal & asking[:, None], options.score)
             kept, recycled, merged = merge_segment(
-                x[rows], q[:, places], k[:, places], importance[places], plan[layer], 1, options
-            )
+                x[rows], q[:, places], k[:, places], importance[places], plan[layer], 1, options,
+                stood_for.setdefault(segment, [1] * len(rows)), "llm",
+            )  # fmt: skip
             numbers = [held[n] - start[segment] for n in rows]
             merges.append(
                 Merge(

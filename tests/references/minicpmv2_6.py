@@ -152,6 +152,7 @@ def read(model, inputs, input_ids, shown, features, removed_of, options):
     ]
     x, angles = x[held], decoder_angles(config, len(held))  # [S, D], [S, d]: hidden tokens hold no position
     merges, alive = [], []
+    stood_for = {}  # segment -> how many of its tokens each stands for
     for layer, block in enumerate(language.layers):
         alive.append([position in held for position in range(length)])
         attention, d = block.self_attn, angles.shape[-1]
@@ -172,8 +173,9 @@ def read(model, inputs, input_ids, shown, features, removed_of, options):
             asking = asking_queries(held, segment_of, segment, prompt_length, options.queries)  # [S]
             importance = importance_of(q, k, causal, causal & asking[:, None], options.score)
             kept, recycled, merged = merge_segment(
-                x[rows], q[:, rows], k[:, rows], importance[rows], removed[segment][layer], 1, options
-            )
+                x[rows], q[:, rows], k[:, rows], importance[rows], removed[segment][layer], 1, options,
+                stood_for.setdefault(segment, [1] * len(rows)), "llm",
+            )  # fmt: skip
             numbers = [[held[rows[n]] - start[segment] for n in group] for group in (kept, recycled)]
             merges.append(Merge("llm", layer, segment, *numbers, merged, "image"))
             merged_x[[rows[n] for n in kept]] = merged

@@ -248,6 +248,7 @@ def read(model, input_ids, prompt_length, seen, position_ids, removed, options):
     ]  # the positions still alive, ascending
     x, angles = x[held], decoder_angles(config, position_ids)[held]  # [S, D], [S, d]
     merges, alive = [], []
+    stood_for = {}  # segment -> how many of its tokens each stands for
     for layer, block in enumerate(language.layers):
         alive.append([position in held for position in range(length)])
         attention, d = block.self_attn, angles.shape[-1]
@@ -268,8 +269,9 @@ def read(model, input_ids, prompt_length, seen, position_ids, removed, options):
             asking = asking_queries(held, segment_of, segment, prompt_length, options.queries)  # [S]
             importance = importance_of(q, k, causal, causal & asking[:, None], options.score)
             kept, recycled, merged = merge_segment(
-                x[rows], q[:, rows], k[:, rows], importance[rows], plan[layer], 1, options
-            )
+                x[rows], q[:, rows], k[:, rows], importance[rows], plan[layer], 1, options,
+                stood_for.setdefault(segment, [1] * len(rows)), "llm",
+            )  # fmt: skip
             numbers = [held[n] - start[segment] for n in rows]
             merges.append(
                 Merge(

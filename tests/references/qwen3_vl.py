@@ -243,6 +243,7 @@ def read(model, input_ids, prompt_length, pictures, removed, options):
     held = [position for position in range(length) if position not in dead]  # the positions alive, ascending
     x, angles = x[held], decoder_angles(config, position_ids)[held]  # [S, D], [S, d]
     merges, alive = [], []
+    stood_for = {}  # segment -> how many of its tokens each stands for
     for layer, block in enumerate(language.layers):
         alive.append([position in held for position in range(length)])
         attention = block.self_attn
@@ -269,9 +270,11 @@ def read(model, input_ids, prompt_length, pictures, removed, options):
             rows = [n for n, position in enumerate(held) if segment_of[position] == segment]
             asking = asking_queries(held, segment_of, segment, prompt_length, options.queries)  # [S]
             importance = importance_of(q, k, causal, causal & asking[:, None], options.score)
+            before = list(stood_for.get(segment, [1] * len(rows)))
             kept, recycled, merged = merge_segment(
-                x[rows], q[:, rows], k[:, rows], importance[rows], plan[layer], 1, options
-            )
+                x[rows], q[:, rows], k[:, rows], importance[rows], plan[layer], 1, options,
+                stood_for.setdefault(segment, [1] * len(rows)), "llm",
+            )  # fmt: skip
             numbers = [places[segment].index(held[n]) for n in rows]
             merges.append(
                 Merge(
@@ -288,9 +291,14 @@ def read(model, input_ids, prompt_length, pictures, removed, options):
             # What a token absorbs it absorbs whole: also the features that later layers will add.
             numbers = torch.tensor([unit_of[held[n]] for n in rows])
             for table in taps_of[segment][layer + 1 :]:
-                _, _, blended = merge_segment(
-                    table[numbers], q[:, rows], k[:, rows], importance[rows], plan[layer], 1, options
-                )
+                if options.merge == "bipartite":  # what is alike the tokens say, not what will be added
+                    both = torch.cat([x[rows], table[numbers]], dim=1)
+                    arguments = q, k, importance, plan[layer], 1, options, list(before), "llm", x.shape[1]
+                    blended = merge_segment(both, *arguments)[2][:, x.shape[1] :]
+                else:
+                    _, _, blended = merge_segment(
+                        table[numbers], q[:, rows], k[:, rows], importance[rows], plan[layer], 1, options
+                    )
                 table[numbers[kept]] = blended
             gone |= {rows[n] for n in range(len(rows)) if n not in kept}
         stay = [n for n in range(len(held)) if n not in gone]
