@@ -128,10 +128,29 @@ def test_every_patch_is_accounted_for(family):
             assert (rows > 0).any(0).all()
 
 
-def test_a_batch_says_what_its_rows_say():
+@tools.each_family
+def test_every_token_is_accounted_for_in_both_stages(family):
+    """What the language model was given is all there after its last merge; all weights of a token are 1."""
+    model, inputs = tools.build(family), tools.prompt_of(family, tools.mixed(family))
+    with tools.patch(model, family, trace=True, reduction=0.7, merge="bipartite") as handle:
+        tools.forward(model, inputs)
+    seen = 0
+    for own in handle.report.provenance:
+        entered = (own.entry.sources.to_dense() > 0).any(0)  # [P]
+        for step in own.merges:
+            rows = step.sources.to_dense()
+            torch.testing.assert_close(rows.sum(1), torch.ones(len(rows)))
+            if step.stage == "llm":
+                assert ((rows > 0).any(0) == entered).all()
+                seen += 1
+    assert seen
+
+
+@pytest.mark.parametrize("rule", [dict(vit_merge="bipartite"), dict(merge="bipartite")], ids=str)
+def test_a_batch_says_what_its_rows_say(rule):
     family = "qwen2_5_vl"
     model, rows = tools.build(family), [[5, Image(140, 168), 7], [4, Image(112, 84), 3, Image(84, 84), 6]]
-    with illava.patch(model, reduction=0.7, vit_merge="bipartite"):
+    with illava.patch(model, reduction=0.7, **rule):
         inputs = tools.prompt(family, *rows)
         together = tools.forward(model, inputs).logits
         for number, row in enumerate(rows):
@@ -140,9 +159,27 @@ def test_a_batch_says_what_its_rows_say():
             torch.testing.assert_close(together[number, real], alone, atol=1e-5, rtol=1e-5)
 
 
-def test_it_is_a_rule_of_the_encoder_only():
-    with pytest.raises(PlanError, match="merge='bipartite' is not known"):
-        illava.Plan(merge="bipartite")
+def test_the_language_model_needs_no_attention_for_it(monkeypatch):
+    """Nor do its layers attend otherwise than they would, so that each of them can merge, and its input."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("statistics that nobody reads")
+
+    monkeypatch.setattr("illava.language.attention_importance", fail)
+    for family, layers in (("qwen2_5_vl", (0, 2)), ("internvl", ("input", 1)), ("minicpmv4_6", (0, 1, 3))):
+        model = tools.build(family)
+        inputs = tools.prompt_of(family, tools.mixed(family))
+        with illava.patch(model, llm_layers=layers, reduction=0.7, merge="bipartite") as handle:
+            tools.forward(model, inputs)
+        assert handle.plan.scored_at == {}
+        assert all(picture.reduction > 0.6 for picture in handle.report.pictures)
+        with illava.patch(model, reduction=0.7), pytest.raises(AssertionError, match="nobody reads"):
+            tools.forward(model, inputs)
+
+
+def test_rules_are_named():
+    with pytest.raises(PlanError, match="merge='greedy' is not known"):
+        illava.Plan(merge="greedy")
     with pytest.raises(PlanError, match="vit_merge='greedy' is not known"):
         illava.Plan(vit_merge="greedy")
     plan = illava.Plan(vit_merge="bipartite", merge="prune")

@@ -82,9 +82,10 @@ def plan(vit, llm):
 
 @needs_contexts
 @pytest.mark.slow
+@pytest.mark.parametrize("rule", ["recycle", "bipartite"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_language_model_is_one_graph_across_its_merges(family):
-    ran, made = counts(family, "language_model", plan((0, 1), (0, 2)))
+def test_the_language_model_is_one_graph_across_its_merges(family, rule):
+    ran, made = counts(family, "language_model", plan((0, 1), (0, 2)) | {"merge": rule})
     assert ran == [1] * 3
     assert (ran, made) == counts(family, "language_model")
 

@@ -76,10 +76,10 @@ def plans(draw, family: str) -> dict:
 
     vit, llm = layers(0), layers(first)
     score = draw(st.sampled_from(["attention", "attention", "lse", evenly]))
-    merge = draw(st.sampled_from(["recycle", "prune", "linear", whole_mean]))
+    merge = draw(st.sampled_from(["recycle", "prune", "linear", "bipartite", whole_mean]))
     if LAST not in vit and draw(st.booleans()):
         vit = (*vit, "output")
-    if callable(score) and merge != "recycle" and draw(st.booleans()):
+    if (merge == "bipartite" or (callable(score) and merge != "recycle")) and draw(st.booleans()):
         llm = ("input", *llm)
     settings = dict(vit_layers=vit, llm_layers=llm, score=score, merge=merge)
     way = draw(st.sampled_from(["reduction", "keep_ratio", "tokens_removed", "shares"]))
