@@ -24,6 +24,10 @@ def _default(seams: Seams, reduction: float, **changes: Any) -> Plan:
     return Plan(reduction=reduction, **changes)
 
 
+def _likeness(seams: Seams, reduction: float, **changes: Any) -> Plan:
+    return Plan(merge="bipartite", reduction=reduction, **changes)
+
+
 def _paper(seams: Seams, reduction: float, **changes: Any) -> Plan:
     """The paper's layers at the same relative depth; its blocks of the encoder attend in windows."""
     layers = {
@@ -49,7 +53,9 @@ GROUPS: dict[str, dict[str, Maker]] = {
         "rule: linear": partial(_default, merge="linear"),
         "rule: recycle": partial(_default, merge="recycle"),
         **{f"rule: {name}": partial(_default, **settings) for name, settings in RULES.items()},
+        "rule: bipartite": _likeness,
         "rule: bipartite in the encoder": partial(_default, vit_merge="bipartite"),
+        "rule: bipartite in the LLM": partial(_likeness, vit_merge="recycle"),
         "rule: greedy in the encoder": partial(_default, **in_encoder(RULES["greedy"])),
     },
     "encoder share": {  # figure 6
@@ -74,30 +80,19 @@ GROUPS: dict[str, dict[str, Maker]] = {
     },
     "bipartite": {  # where, and how much of it in the encoder
         **{
-            f"bipartite, encoder {', '.join(map(str, layers))}": partial(
-                _default, vit_merge="bipartite", vit_layers=layers
-            )
-            for layers in ((2,), (3,), (1, 3), (2, 4), (1, 2, 3), ("output",))
+            f"bipartite, encoder {', '.join(map(str, layers))}": partial(_likeness, vit_layers=layers)
+            for layers in ((1,), (3,), (1, 3), (1, 3, 5), (2, 3, 4, 5))
         },
         **{
-            f"bipartite, encoder share {share}": partial(_default, vit_merge="bipartite", encoder_share=share)
+            f"bipartite, LLM {', '.join(map(str, layers))}": partial(_likeness, llm_layers=layers)
+            for layers in ((1,), (4,), (2, 4), (2, 3, 5), (0, 1, 2))
+        },
+        **{
+            f"bipartite, encoder share {share}": partial(_likeness, encoder_share=share)
             for share in (0.2, 0.6, 0.8)
         },
-    },
-    "middle": {  # bipartite merging in more blocks, and language models that merge once, in their middle
-        **{
-            f"bipartite, encoder {', '.join(map(str, blocks))}, LLM 4": partial(
-                _default, vit_merge="bipartite", vit_layers=blocks, llm_layers=(4,), encoder_share=0.8
-            )
-            for blocks in ((1,), (1, 3, 5), (2, 3, 4, 5), tuple(range(8)))
-        },
-        "bipartite, LLM 4": partial(_default, vit_merge="bipartite", llm_layers=(4,), encoder_share=0.8),
-        **{
-            f"bipartite, encoder {', '.join(map(str, blocks))} only": partial(
-                _default, vit_merge="bipartite", vit_layers=blocks, llm_layers=(), encoder_share=1.0
-            )
-            for blocks in ((1,), (1, 3, 5), (2, 3, 4, 5))
-        },
+        "bipartite, encoder only": partial(_likeness, llm_layers=(), encoder_share=1.0),
+        "bipartite, LLM only": partial(_likeness, vit_layers=(), encoder_share=0.0),
     },
     "recycled": {
         **{

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from illava import Candidates, merge
-from rivals import random_tokens, tome
+from rivals import random_tokens
 from rivals.common import gathered, unchanged
 
 ITERATIONS = 5
@@ -136,6 +136,5 @@ def in_encoder(settings: dict[str, Any]) -> dict[str, Any]:
 RULES: dict[str, dict[str, Any]] = {
     "random": {"score": random_tokens.score, "merge": "prune"},
     "greedy": settings(greedy),
-    "bipartite": {"score": tome.score, "merge": tome.merge},
     "k-means": settings(k_means),
 }

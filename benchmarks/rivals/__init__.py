@@ -49,9 +49,8 @@ RIVALS: dict[str, Rival] = {
         feather.RIVAL,
         ours.ILLAVA,
         ours.PAPER,
-        ours.LATER,
         ours.BIPARTITE,
-        ours.MIDDLE,
+        ours.LATER,
     )
 }
 ABSENT: dict[str, str] = {"AdaFV": adafv.REASON}

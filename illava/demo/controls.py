@@ -13,14 +13,12 @@ from illava.schedule import ModelPlan
 
 RULES = {
     "recycle: recycled tokens take in dropped ones (default)": "recycle",
+    "bipartite: join tokens that are most alike": "bipartite",
     "prune: drop the rest": "prune",
     "linear: the paper's first version": "linear",
 }
 SAME = "same"
-VIT_RULES = {
-    "the same as beside (default)": SAME,
-    "bipartite: join tokens that are most alike": "bipartite",
-}
+VIT_RULES = {"the same as beside (default)": SAME, **{rule: rule for rule in RULES.values()}}
 SCORES = {"attention received (default)": "attention", "log-sum-exp, as the paper's release": "lse"}
 QUERIES = {
     "the later text (default)": "text",
