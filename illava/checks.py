@@ -91,6 +91,19 @@ def check_spans(seams: Seams) -> None:
         )
 
 
+def check_proportional(seams: Seams) -> None:
+    """Whether the encoder's attention can be told what its tokens stand for.
+
+    Raises:
+        PlanError: it is code of the blocks' own.
+    """
+    if seams.block_observed is not None:
+        raise PlanError(
+            f"proportional=True: the blocks of {type(seams.tower).__name__} compute their attention by "
+            "themselves, and cannot be told how many tokens one stands for; leave proportional out"
+        )
+
+
 def check_attention(seams: Seams) -> None:
     """Which attention implementations merging can serve."""
     for name, module in (("vision encoder", seams.tower), ("language model", seams.language_model)):

@@ -94,6 +94,8 @@ def patch(
     checks.check_attention(seams)
     if fast_windows:
         checks.check_spans(seams)
+    if plan.proportional:
+        checks.check_proportional(seams)
     if previous is not None:
         previous.remove()
     return Handle(resolved, seams, family, fast_windows, trace, core)

@@ -95,6 +95,10 @@ class VisionCall:
         self.merging = frozenset(block for block, counts in self.removed.items() if any(counts))
         # Blocks whose attention a merge reads: a merge at the output of the last block reads that block's.
         self.scoring = frozenset(min(block, self.depth - 1) for block in self.merging)
+        # Blocks whose attention is illava's. Where tokens attract attention by what they stand for, they do so
+        # in all of the plan's blocks, whether or not a picture beside them is large enough to lose some there.
+        weighed = self.removed if plan.settings.proportional and self.merging else ()
+        self.own_attention = self.scoring | {min(block, self.depth - 1) for block in weighed}
         self.plan_id, self.padded = plan_id, layout.padded
         self.outer: Any = None  # what was under way around it
         self.now: BlockInputs | None = None  # of the stage under way; `None` for the first
@@ -161,7 +165,7 @@ class VisionCall:
             raise RuntimeError("attend() without begin_attention()")
         stage = self.stage(block)
         q, k, v = stage.pack(q), stage.pack(k), stage.pack(v)  # [N, H, D]
-        if block not in self.scoring:
+        if block not in self.own_attention:
             eager = self.implementation == "eager"
             return stage.unpack(span_attention(q, k, v, spans, scale=scale, eager=eager))
         self.backend = self._choices(self.implementation, q.device, q.dtype).kernel
@@ -185,7 +189,9 @@ class VisionCall:
     def _keep(
         self, block: int, q: Tensor, k: Tensor, lse: Tensor, spans: Spans, scale: float, channels: int
     ) -> None:
-        """Keep `block`'s attention for the merge that reads it."""
+        """Keep `block`'s attention for the merge that reads it, if one does."""
+        if block not in self.scoring:
+            return
         if self.settings.window_score == "picture" and block not in self.full_attention_blocks:
             spans = Spans.from_lengths(self.stage(block).frame_tokens, q.device)
             lse = varlen_log_sum_exp(q, k, spans, scale=scale)

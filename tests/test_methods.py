@@ -1,5 +1,6 @@
 """Methods of one's own: functions in place of a score and a rule, and merging between encoder and decoder."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,11 @@ from contract import tools
 from contract.methods import evenly, whole_mean
 from contract.test_features import encode, needs_v5
 from illava import Plan, PlanError
+from illava.checks import check_proportional
+from illava.families import family_of
+from illava.families.seams import Observed
 from illava.vision_scores import weigh
+from zoo.common import Image
 
 
 def both_ends(family):
@@ -302,3 +307,29 @@ def test_proportional_attention_matters_once_sizes_differ(family):
                 logits[rule, proportional] = tools.forward(model, inputs).logits
     assert torch.equal(logits["prune", False], logits["prune", True])
     assert not torch.equal(logits[whole_mean, False], logits[whole_mean, True])
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_proportional_attention_is_the_same_in_a_batch(family):
+    """The small picture loses a unit in block 0, none in block 2, where the large one beside it does."""
+    model, rows = tools.build(family), [[5, Image(112, 112), 7], [4, Image(56, 56), 3]]
+    plan = dict(vit_layers=(0, 2), llm_layers=(), vit_keep_ratio=0.85, merge="bipartite", proportional=True)
+    inputs = tools.prompt(family, *rows)
+    with tools.patch(model, family, **plan) as handle:
+        together = tools.forward(model, inputs).logits
+        assert [[r.tokens_out for r in p.layers] for p in handle.report.pictures] == [[14, 12], [3, 3]]
+        for number, row in enumerate(rows):
+            alone = tools.forward(model, tools.prompt(family, row, seeds=[number])).logits[0]
+            own = together[number, inputs["attention_mask"][number].bool()]
+            torch.testing.assert_close(own, alone, atol=1e-5, rtol=1e-5)
+    with tools.patch(model, family, **plan | dict(proportional=False)):
+        assert not torch.allclose(tools.forward(model, inputs).logits, together, atol=1e-4)
+
+
+def test_blocks_that_attend_by_themselves_cannot_be_told_sizes():
+    seams = replace(
+        family_of("qwen2_vl", "Qwen2VLForConditionalGeneration").find_seams(tools.build("qwen2_vl")),
+        block_observed=Observed((), lambda *_: None),
+    )
+    with pytest.raises(PlanError, match="leave proportional out"):
+        check_proportional(seams)

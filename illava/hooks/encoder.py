@@ -58,14 +58,14 @@ class EncoderHooks:
             cos, sin = kwargs["position_embeddings"]
             kwargs["position_embeddings"] = (call.now.select(cos), call.now.select(sin))
         if kwargs.get("cu_seqlens") is not None:
-            ours = number is not None and (number in call.scoring or self.state.fast_windows)
+            ours = number is not None and (number in call.own_attention or self.state.fast_windows)
             keep_empty = ours or call.implementation.startswith("flash")
             kwargs["cu_seqlens"] = call.now.recount(kwargs["cu_seqlens"], keep_empty)
         return args, kwargs
 
     def enter_block_attention(self, number: int, args: Any, kwargs: Any) -> Any:
         call = under_way.VISION.of(self.number)
-        if call is None or not (number in call.scoring or self.state.fast_windows):
+        if call is None or not (number in call.own_attention or self.state.fast_windows):
             return None
         call.attending, call.bounds = number, kwargs.get("cu_seqlens")
         if call.bounds is None:
