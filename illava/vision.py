@@ -95,8 +95,8 @@ class VisionCall:
         self.merging = frozenset(block for block, counts in self.removed.items() if any(counts))
         # Blocks whose attention a merge reads: a merge at the output of the last block reads that block's.
         self.scoring = frozenset(min(block, self.depth - 1) for block in self.merging)
-        # Blocks whose attention is illava's. Where tokens attract attention by what they stand for, they do so
-        # in all of the plan's blocks, whether or not a picture beside them is large enough to lose some there.
+        # Blocks whose attention is illava's. Where tokens attract attention by what they stand for, they do
+        # in all blocks of the plan, whether or not a picture beside them is large enough to lose some there.
         weighed = self.removed if plan.settings.proportional and self.merging else ()
         self.own_attention = self.scoring | {min(block, self.depth - 1) for block in weighed}
         self.plan_id, self.padded = plan_id, layout.padded
