@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import illava
+import zoo
 from contract import tools
 from illava import bipartite
 from illava.errors import PlanError
@@ -159,22 +160,24 @@ def test_a_batch_says_what_its_rows_say(rule):
             torch.testing.assert_close(together[number, real], alone, atol=1e-5, rtol=1e-5)
 
 
-def test_the_language_model_needs_no_attention_for_it(monkeypatch):
+LAYERS = {"qwen2_5_vl": (0, 2), "internvl": ("input", 1), "minicpmv4_6": (0, 1, 3)}  # its layer 0 is linear
+
+
+@pytest.mark.parametrize("family", [family for family in LAYERS if family in zoo.FAMILIES])
+def test_the_language_model_needs_no_attention_for_it(family, monkeypatch):
     """Nor do its layers attend otherwise than they would, so that each of them can merge, and its input."""
 
     def fail(*args, **kwargs):
         raise AssertionError("statistics that nobody reads")
 
     monkeypatch.setattr("illava.language.attention_importance", fail)
-    for family, layers in (("qwen2_5_vl", (0, 2)), ("internvl", ("input", 1)), ("minicpmv4_6", (0, 1, 3))):
-        model = tools.build(family)
-        inputs = tools.prompt_of(family, tools.mixed(family))
-        with illava.patch(model, llm_layers=layers, reduction=0.7, merge="bipartite") as handle:
-            tools.forward(model, inputs)
-        assert handle.plan.scored_at == {}
-        assert all(picture.reduction > 0.6 for picture in handle.report.pictures)
-        with illava.patch(model, reduction=0.7), pytest.raises(AssertionError, match="nobody reads"):
-            tools.forward(model, inputs)
+    model, inputs = tools.build(family), tools.prompt_of(family, tools.mixed(family))
+    with illava.patch(model, llm_layers=LAYERS[family], reduction=0.7, merge="bipartite") as handle:
+        tools.forward(model, inputs)
+    assert handle.plan.scored_at == {}
+    assert all(picture.reduction > 0.6 for picture in handle.report.pictures)
+    with illava.patch(model, reduction=0.7), pytest.raises(AssertionError, match="nobody reads"):
+        tools.forward(model, inputs)
 
 
 def test_rules_are_named():
