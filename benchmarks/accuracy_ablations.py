@@ -91,6 +91,17 @@ GROUPS: dict[str, dict[str, Maker]] = {
             f"bipartite, encoder share {share}": partial(_likeness, encoder_share=share)
             for share in (0.2, 0.6, 0.8)
         },
+        **{
+            f"bipartite, encoder 2, 3, 4, 5, LLM 2, 4, encoder share 0.5{said}": partial(
+                _likeness,
+                vit_layers=(2, 3, 4, 5),
+                llm_layers=(2, 4),
+                encoder_share=0.5,
+                proportional=bool(said),
+            )
+            for said in ("", ", proportional")
+        },
+        "bipartite, proportional": partial(_likeness, proportional=True),
         "bipartite, encoder only": partial(_likeness, llm_layers=(), encoder_share=1.0),
         "bipartite, LLM only": partial(_likeness, vit_layers=(), encoder_share=0.0),
     },

@@ -50,7 +50,7 @@ RIVALS: dict[str, Rival] = {
         ours.ILLAVA,
         ours.PAPER,
         ours.BIPARTITE,
-        ours.LATER,
+        ours.MIDDLE,
     )
 }
 ABSENT: dict[str, str] = {"AdaFV": adafv.REASON}
