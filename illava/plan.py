@@ -56,8 +56,8 @@ class Plan:
             paper's release reads, or a function of `illava.Candidates`.
         merge: `"recycle"` (paper, section 3.2.2), `"prune"`, `"linear"` (first version), or `"bipartite"`,
             which makes one of tokens whose features are most alike (ToMe's bipartite soft matching,
-            arXiv 2210.09461, section 3) whatever their `score`; or a function of `illava.Candidates` and of
-            the places of those kept.
+            arXiv 2210.09461, section 3; each stage begins with tokens that weigh one) whatever their
+            `score`; or a function of `illava.Candidates` and of the places of those kept.
         vit_merge: the encoder's rule, where it is another of these than `merge`.
         queries: whose attention counts in the language model: the later `"text"`, `"all"`,
             `"visual"` tokens, or the `"last"` token. With `"text"`, a picture after which no text
