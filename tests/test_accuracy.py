@@ -217,7 +217,7 @@ def test_what_the_readme_says_of_videos(said):
     ) in said
     assert max(left[::2]) < 0.11
     assert min(left[1::2]) > 0.38
-    assert "At 90 % it leaves a tenth of a clip's tokens, ToMe more than a third" in said
+    assert "At 90 % `illava bipartite` leaves a tenth of a clip's tokens, ToMe, which merges" in said
 
 
 def test_what_the_readme_says_of_the_others(said):

@@ -172,9 +172,8 @@ def _tiles(whole: np.ndarray) -> list[np.ndarray]:
     if len(whole) * UNIT < 136:  # one tile, see architectures
         return [thumbnail]
     large = _resized(whole, 2 * side)  # [12, 12, LABELS]
-    large[..., canvas.ALIKE] = large[..., canvas.TALLY] = (
-        canvas.NOT_ASKED
-    )  # a tile does not see what stands in the others
+    # A tile does not see what stands in the others.
+    large[..., canvas.ALIKE] = large[..., canvas.TALLY] = canvas.NOT_ASKED
     return [large[i : i + side, j : j + side] for i in (0, side) for j in (0, side)] + [thumbnail]
 
 

@@ -14,18 +14,8 @@ import numpy as np
 
 from readers import material
 from readers.canvas import (
-    NAME,
-    NOT_ASKED,
-    UNIT_PX,
-    Canvas,
-    background,
-    draw_ink,
-    finish,
-    lettering,
-    nothing,
-    put,
-    shade,
-)
+    NAME, NOT_ASKED, UNIT_PX, Canvas, background, draw_ink, finish, lettering, nothing, put, shade,
+)  # fmt: skip
 
 CELLS = {96: 2, 128: 3, 192: 4, 256: 5}  # cells a side of a picture of so many pixels
 WRITING = "writing"

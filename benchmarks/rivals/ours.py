@@ -7,7 +7,7 @@ The third plan merges where the defaults do and as much, but makes one of those 
 most alike (`merge="bipartite"`), however little attention they receive, in both stages. The fourth does that
 in four blocks in the middle of the encoder, for half of all that goes, and leaves out the language model's
 first merge; and a token of the encoder that stands for several attracts as much attention as they would
-(`proportional=True`), without which merging in the encoder costs the InternVL a quarter of its counts. Both
+(`proportional=True`), without which merging in the encoder costs the InternVL a fifth of its counts. Both
 were chosen on the validation split (`--methods bipartite`).
 """
 
