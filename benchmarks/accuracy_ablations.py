@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from accuracy_rules import RULES, in_encoder, keeping
+from accuracy_selection import best_patch, every_frame_alike
 
 from illava import Plan
 from illava.families.seams import Seams
@@ -120,6 +121,10 @@ GROUPS: dict[str, dict[str, Maker]] = {
         "score: attention": partial(_default, score="attention"),
         "score: lse": partial(_default, score="lse"),
         "paper, score: lse": partial(_paper, score="lse"),
+    },
+    "selection": {
+        "selection: a unit's best patch": partial(_default, score=best_patch),
+        "selection: every frame alike": partial(_default, score=every_frame_alike),
     },
     "queries": {
         f"queries: {name}": partial(_default, queries=name) for name in ("text", "all", "visual", "last")

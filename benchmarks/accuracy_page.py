@@ -36,6 +36,7 @@ TITLES = {
     "recycled": "Recycled tokens, as a share of those kept (P^c)",
     "members": "Tokens merged into each recycled one (M)",
     "score": "Score",
+    "selection": "Which units stay",
     "queries": "Whose attention counts in the language model",
 }
 
