@@ -17,6 +17,7 @@ from illava import Plan
 from illava.families.seams import Seams
 from illava.plan import LLM_PAPER, VIT_PAPER
 from illava.schedule import scale_layers
+from rivals import ours
 
 Maker = Callable[[Seams, float], Plan]
 
@@ -27,6 +28,10 @@ def _default(seams: Seams, reduction: float, **changes: Any) -> Plan:
 
 def _likeness(seams: Seams, reduction: float, **changes: Any) -> Plan:
     return Plan(merge="bipartite", reduction=reduction, **changes)
+
+
+def _middle(seams: Seams, reduction: float, **changes: Any) -> Plan:
+    return ours.middle(seams, 1 - reduction, **changes)
 
 
 def _paper(seams: Seams, reduction: float, **changes: Any) -> Plan:
@@ -105,6 +110,10 @@ GROUPS: dict[str, dict[str, Maker]] = {
         "bipartite, proportional": partial(_likeness, proportional=True),
         "bipartite, encoder only": partial(_likeness, llm_layers=(), encoder_share=1.0),
         "bipartite, LLM only": partial(_likeness, vit_layers=(), encoder_share=0.0),
+    },
+    "distance": {  # penalties on what are no neighbours, to `illava middle`
+        f"middle, distance penalty {penalty}": partial(_middle, distance_penalty=penalty)
+        for penalty in (0.0, 0.1, 0.2, 0.5, 1.0)
     },
     "recycled": {
         **{

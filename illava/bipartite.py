@@ -5,13 +5,16 @@ at even places each look for the one at an odd place that is most like them, and
 one, the mean weighted by how many units each stands for. A round removes half at most; to remove more takes
 several.
 
+Alike is not the same: two equal things that stand apart are two. A penalty on what are no neighbours keeps
+them so for longer (neighbours first is an idea of ALGM, Norouzi et al., CVPR 2024, arXiv 2406.09936).
+
 Notation for tensor shapes as in `merge`: S segments, N units of the largest, U units in all, g tokens per
 unit, d hidden size; E and O units at even and at odd places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,11 +24,18 @@ from torch.nn.functional import normalize
 from illava.merge import AFFINITY_BLOCK_ELEMENTS, Merge, joined, select
 from illava.transfer import on
 
-TAKES_IN = 2.0  # the rank of a unit that others go into: above all cosines
+TAKES_IN = 2.0  # the rank of a unit that others go into: above all cosines, less any penalty
 
 
 def join(
-    features: Tensor, sizes: Tensor, index: Tensor, counts: Sequence[int], keep_counts: Sequence[int]
+    features: Tensor,
+    sizes: Tensor,
+    index: Tensor,
+    counts: Sequence[int],
+    keep_counts: Sequence[int],
+    *,
+    distance_penalty: float = 0.0,
+    grid: Callable[[], Tensor] | None = None,
 ) -> Merge:
     """Decide which units of each segment become one.
 
@@ -35,19 +45,24 @@ def join(
         index: `[S, N]` where each segment's units stand among all `U` units, ascending in a row.
         counts: units per segment.
         keep_counts: units to be left of each, 1 to `counts`.
+        distance_penalty: taken from the cosine of two that are no neighbours, see `matches`.
+        grid: gives `[U, 3]` frame, row and column of each unit; asked where there is a penalty. What others
+            went into stays where it is.
 
     Returns:
-        The decision; its `importance` is how unlike a unit is to its best match, 2 of those at odd places.
+        The decision; its `importance` is how unlike a unit is to its best match, the penalty included, and
+        2 more than that penalty of units at odd places.
     """
     total, device = len(sizes), features.device
     index, sizes = index.to(device), sizes.to(device).float()
     x = features.flatten(1).float()  # [U, g*d]
     owner, keep = torch.arange(total, device=device), torch.ones(total, dtype=torch.bool, device=device)
     first, weights = None, sizes
+    where = grid().to(device) if distance_penalty and grid is not None else None
     left, places, wanted = tuple(counts), index, tuple(keep_counts)
     while True:
         after = tuple(max(p, n - n // 2) for n, p in zip(left, wanted, strict=True))
-        likeness, match = matches(x, places, left)
+        likeness, match = matches(x, places, left, distance_penalty, where)
         decision = select(-likeness, places, left, after, total_units=total, rule="prune")
         goes = torch.where(decision.keep[places], places, places.gather(1, match))  # [S, N]
         step = torch.arange(total + 1, device=device)
@@ -62,20 +77,26 @@ def join(
         left, places = after, decision.kept_table
 
 
-def matches(x: Tensor, index: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+def matches(
+    x: Tensor, index: Tensor, counts: Sequence[int], penalty: float = 0.0, grid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The best match of each unit at an even place, among those at odd places.
 
     Args:
         x: `[U, d]`.
         index, counts: as for `join`.
+        penalty: how much less alike two are that are more than a step apart, see `steps_apart`.
+        grid: `[U, 3]` frame, row and column of each unit; `None` for no penalty.
 
     Returns:
-        `[S, N]` cosines with it, and its places in the rows; at odd places `-TAKES_IN` and the place itself.
+        `[S, N]` cosines with it, less the penalty, and its places in the rows; at odd places `-TAKES_IN`,
+        less the penalty, and the place itself.
     """
     width = index.shape[1]
     place = torch.arange(width, device=index.device)
     real = place < on(index.device, counts)[:, None]  # [S, N]
-    likeness = torch.full(index.shape, -TAKES_IN, device=index.device)
+    penalty = 0.0 if grid is None else penalty
+    likeness = torch.full(index.shape, -TAKES_IN - penalty, device=index.device)
     match = place.expand(index.shape).clone()
     if width == 1:
         return likeness, match
@@ -86,9 +107,23 @@ def matches(x: Tensor, index: Tensor, counts: Sequence[int]) -> tuple[Tensor, Te
         even = normalize(x[index[:, these]], dim=-1)  # [S, e, d]
         # What is not finite is like nothing.
         alike = (even @ odd).nan_to_num(nan=-1.0, posinf=-1.0, neginf=-1.0)  # [S, e, O]
-        best = alike.masked_fill(~real[:, None, 1::2], -1.5).max(dim=2)
+        if grid is not None:
+            alike = alike - penalty * (steps_apart(grid, index[:, these], index[:, 1::2]) > 1)
+        best = alike.masked_fill(~real[:, None, 1::2], -1.5 - penalty).max(dim=2)
         likeness[:, these], match[:, these] = best.values, 1 + 2 * best.indices
     return likeness, match
+
+
+def steps_apart(grid: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """`[S, e, O]` steps from each of `one` to each of `other`: sideways, aslant, or to the same place of the
+    next frame.
+
+    Args:
+        grid: `[U, 3]` frame, row and column.
+        one, other: `[S, e]` and `[S, O]` among all U.
+    """
+    frame, row, column = ((along[one][:, :, None] - along[other][:, None]).abs() for along in grid.unbind(1))
+    return frame + torch.maximum(row, column)
 
 
 def _real(index: Tensor, counts: Sequence[int], spare: int) -> Tensor:

@@ -101,8 +101,7 @@ class Candidates:
     def place(self) -> Tensor:
         """`[S, N, 3]` frame or tile, row and column of each unit on its picture's grid of units.
 
-        In the language model alone; one long row where features came from the caller, or a family packs
-        them.
+        In the language model one long row where features came from the caller, or a family packs them.
         """
         return self._table(self._place, "grid of places")
 
@@ -184,7 +183,10 @@ def decide(candidates: Candidates, settings: Any) -> merge.Merge:
     if c.stage == "vit" and settings.vit_merge is not None:
         rule = settings.vit_merge
     if rule == "bipartite":
-        return bipartite.join(c.features, c.sizes, c.index, c.counts, c.keep_counts)
+        return bipartite.join(
+            c.features, c.sizes, c.index, c.counts, c.keep_counts,
+            distance_penalty=settings.distance_penalty, grid=c._place,
+        )  # fmt: skip
     importance = ranked(c, settings.score) if callable(settings.score) else c.attention
     return merge.select(
         importance,

@@ -67,6 +67,10 @@ class Plan:
         proportional: let encoder tokens that stand for several attract as much attention as these would
             (ToMe, arXiv 2210.09461, eq. 1), in merging blocks, where the rule is a function or
             `"bipartite"`.
+        distance_penalty: where the rule is `"bipartite"`, how much less alike (in cosine) two tokens count
+            that are no neighbours on their picture's grid, in [0, 2]. A token's neighbours are the eight
+            around it, and those at its place of the frame or tile before and after. With 0 merges what is
+            alike, wherever it is; with 2 neighbours do before all others.
 
     Raises:
         PlanError: a value out of range, or two budgets at once.
@@ -90,6 +94,7 @@ class Plan:
     queries: Literal["text", "all", "visual", "last"] = "text"
     window_score: Literal["window", "picture"] = "window"
     proportional: bool = False
+    distance_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         for stage, place in (("vit", OUTPUT), ("llm", INPUT)):
@@ -98,7 +103,7 @@ class Plan:
             shares = _share_tuple(f"{stage}_shares", getattr(self, f"{stage}_shares"), layers)
             object.__setattr__(self, f"{stage}_shares", shares)
         _check_range("reduction", self.reduction, 0, 1, upper_open=True, hint="for example 0.667")
-        for name in ("encoder_share", "recycled", "members"):
+        for name in ("encoder_share", "recycled", "members", "distance_penalty"):
             if getattr(self, name) is None:
                 raise PlanError(f"{name}=None says nothing; leave it out for the default")
         _check_range("encoder_share", self.encoder_share, 0, 1)
@@ -112,6 +117,7 @@ class Plan:
         if not isinstance(self.proportional, bool):
             raise PlanError(f"proportional={self.proportional!r} is neither True nor False; give one of them")
         _check_range("recycled", self.recycled, 0, 1, lower_open=True)
+        self._check_distance_penalty()
         _check_count("members", self.members, minimum=1)
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
@@ -126,6 +132,14 @@ class Plan:
             raise PlanError(
                 f"two budgets at once: {', '.join(f'{k}={getattr(self, k)!r}' for k in given)}; "
                 f"give only {' or only '.join(said)}"
+            )
+
+    def _check_distance_penalty(self) -> None:
+        _check_range("distance_penalty", self.distance_penalty, 0, 2, hint="a cosine ends at 1 and -1")
+        if self.distance_penalty and "bipartite" not in (self.merge, self.vit_merge):
+            raise PlanError(
+                f"distance_penalty={self.distance_penalty} is of tokens merged by likeness, and "
+                f'merge={self.merge!r} does not do so; give merge="bipartite" or vit_merge="bipartite", too'
             )
 
     @classmethod

@@ -163,6 +163,7 @@ class ModelPlan:
         }[s.budget]
         scores = "".join(f", {layer} scored at {at}" for layer, at in self.scored_at.items() if layer != at)
         encoder = f" ({s.vit_merge} in the encoder)" if s.vit_merge else ""
+        encoder += f", {s.distance_penalty} less alike where apart" if s.distance_penalty else ""
         return (
             f"encoder blocks {list(self.vit_layers)} of {self.vit_depth}, decoder layers "
             f"{list(self.llm_layers)} of {self.llm_depth}{scores}; {budget}; {name_of(s.merge)}{encoder}, "

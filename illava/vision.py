@@ -221,6 +221,7 @@ class VisionCall:
             seen.scale,
             _attention=lambda: seen.received(stage, self.settings.score == "lse"),
             _class_attention=from_class if stage.layout.prefix else None,
+            _place=lambda: on(device, self.layout.places())[stage.units.to(device)],
         )  # fmt: skip
         return decide(candidates, self.settings)
 

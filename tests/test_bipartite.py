@@ -10,6 +10,7 @@ import zoo
 from contract import tools
 from illava import bipartite
 from illava.errors import PlanError
+from illava.families.layout import Layout
 from illava.tracing import _sources
 from references.core import pairs_joined
 from zoo.common import Image
@@ -52,6 +53,59 @@ def test_pairs_are_those_of_the_definition(counts, keeps, seed):
         torch.testing.assert_close(blended[own[kept]].flatten(0, 1), expected)
         assert grown[own[kept]].tolist() == weights
         assert ((grown[own] > sizes[own]) & made.keep[own]).nonzero().flatten().tolist() == grew
+
+
+@pytest.mark.parametrize("penalty", [0.1, 0.7, 2.0])
+@pytest.mark.parametrize("keeps", [(9, 5, 1), (3, 2, 1), (1, 1, 1)])
+def test_what_stands_apart_is_less_alike(keeps, penalty):
+    """Up to where neighbours always come first."""
+    counts = (18, 7, 2)
+    features, sizes, index = segments(counts, seed=8)
+    draw = torch.Generator().manual_seed(9)
+    grid = torch.stack([torch.randint(0, side, (27,), generator=draw) for side in (3, 4, 9)], dim=1)
+    joining = dict(distance_penalty=penalty, grid=lambda: grid)
+    made = bipartite.join(features, sizes, index, counts, keeps, **joining)
+    blended = made.blend(features)
+    for row, (count, keep) in enumerate(zip(counts, keeps, strict=True)):
+        own = index[row, :count]
+        kept, _, expected = pairs_joined(
+            features[own], count - keep, sizes[own].tolist(), None, penalty, grid[own].tolist()
+        )
+        assert own[made.keep[own]].tolist() == own[kept].tolist()
+        torch.testing.assert_close(blended[own[kept]].flatten(0, 1), expected)
+    anywhere = bipartite.join(features, sizes, index, counts, keeps)
+    assert keeps == (1, 1, 1) or not torch.equal(anywhere.owner, made.owner)
+
+
+def test_equal_things_far_apart_stay_two():
+    """Two equal pairs at the ends of a row: without a penalty all four become one before the rest does."""
+    features = torch.eye(6)[[0, 0, 1, 2, 3, 4, 0, 0]][:, None]  # [8, 1, 6]
+    sizes, index = torch.ones(8), torch.arange(8)[None]
+    grid = torch.stack((torch.zeros(8), torch.zeros(8), torch.arange(8)), dim=1).long()
+    apart = bipartite.join(features, sizes, index, (8,), (6,), distance_penalty=0.1, grid=lambda: grid)
+    assert apart.owner.tolist() == [1, 1, 2, 3, 4, 5, 7, 7]
+    anywhere = bipartite.join(features, sizes, index, (8,), (6,))
+    assert anywhere.owner.tolist() == [1, 1, 2, 3, 4, 5, 1, 7]
+
+
+LAYOUTS = {
+    "windows": Layout(((1, 8, 12), (2, 6, 10)), 2, window_side=2),
+    "tiles with CLS": Layout(((1, 8, 8),) * 2, 2, raster=True, prefix=1, row_tokens=65),
+    "single patches": Layout(((1, 3, 5), (1, 4, 2)), 1, raster=True, row_tokens=15),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_units_stand_where_their_patches_do(layout):
+    raster, patches, first = layout.raster_units().tolist(), layout.patches().tolist(), 0
+    places = iter(zip(raster, layout.places().tolist(), strict=True))
+    for frame, (height, width) in enumerate(layout.frames):
+        for _ in range(layout.frame_units[frame]):
+            number, place = next(places)
+            row, column = divmod(min(patches[number]) - first, width)
+            assert place == [frame, row // layout.side, column // layout.side]
+        first += height * width
+    assert len({tuple(place) for place in layout.places().tolist()}) == layout.total_units
 
 
 def test_units_that_take_in_none_are_left_bit_for_bit():

@@ -366,6 +366,7 @@ def test_plans_are_frozen():
         ),
         (Plan(), ["[7, 15] of 32", "reduction 66.7%", "score attention"]),
         (Plan(vit_merge="bipartite"), ["recycle (bipartite in the encoder), score attention"]),
+        (Plan(merge="bipartite", distance_penalty=0.2), ["bipartite, 0.2 less alike where apart, score"]),
         (Plan.release(), ["[19, 21, 23, 25] of 28", "keep ratio 0.85 in the encoder, 0.9", "score lse"]),
         (Plan.first_version(), ["92 tokens removed per encoder layer, 108 per LLM layer", "linear"]),
     ],

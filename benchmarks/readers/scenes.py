@@ -14,8 +14,18 @@ import numpy as np
 
 from readers import material
 from readers.canvas import (
-    NAME, NOT_ASKED, UNIT_PX, Canvas, background, draw_ink, finish, lettering, nothing, put, shade,
-)  # fmt: skip
+    NAME,
+    NOT_ASKED,
+    UNIT_PX,
+    Canvas,
+    background,
+    draw_ink,
+    finish,
+    lettering,
+    nothing,
+    put,
+    shade,
+)
 
 CELLS = {96: 2, 128: 3, 192: 4, 256: 5}  # cells a side of a picture of so many pixels
 WRITING = "writing"

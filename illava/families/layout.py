@@ -101,6 +101,15 @@ class Layout:
             return torch.arange(self.total_units)
         return self._by_frame(lambda rows, columns: _window_order(rows, columns, self.window_side))
 
+    def places(self) -> Tensor:
+        """`[U, 3]` frame, counted over the whole call, row and column of each unit; on the CPU."""
+        sides = ((h // self.side, w // self.side) for h, w in self.frames)
+        grids = [
+            torch.cartesian_prod(torch.tensor([frame]), torch.arange(rows), torch.arange(columns))
+            for frame, (rows, columns) in enumerate(sides)
+        ]
+        return torch.cat(grids)[self.raster_units()]
+
     def token_units(self) -> Tensor:
         """`[U]` for each visual token the unit it is made of, in raster order; on the CPU."""
         if not self.by_columns:

@@ -30,7 +30,9 @@ MAIN = {"paper": tools.MAIN, "recycled 0.3, members 3": tools.DEEP}
 
 
 def options(settings) -> dict:
-    names = ("recycled", "members", "score", "merge", "queries", "window_score", "vit_merge")
+    names = (
+        "recycled", "members", "score", "merge", "queries", "window_score", "vit_merge", "distance_penalty",
+    )  # fmt: skip
     return {name: settings[name] for name in names if name in settings}
 
 
@@ -67,6 +69,15 @@ def test_every_prompt(family, kind, settings, monkeypatch):
 @pytest.mark.parametrize("settings", PLANS.values(), ids=PLANS.keys())
 @tools.each_family
 def test_every_plan(family, settings, monkeypatch):
+    compare(family, tools.mixed(family), settings, monkeypatch)
+
+
+@pytest.mark.capability("same as the reference")
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "internvl"])
+@pytest.mark.parametrize("reduction", [0.3, 0.778])
+def test_what_stands_apart_is_less_alike(family, reduction, monkeypatch):
+    """In windows and out of them, in tiles, and over the frames of a video."""
+    settings = dict(reduction=reduction, merge="bipartite", distance_penalty=0.3)
     compare(family, tools.mixed(family), settings, monkeypatch)
 
 

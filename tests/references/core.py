@@ -21,6 +21,7 @@ class Options:
     queries: str = "text"  # LLM: or "all", "visual", "last"
     window_score: str = "window"  # encoder: or "picture"
     vit_merge: str | None = None  # encoder: another rule than `merge`
+    distance_penalty: float = 0.0  # "bipartite": taken from the cosine of two that are no neighbours
 
 
 @dataclass
@@ -122,7 +123,9 @@ def importance_of(q, k, allowed, counted, score):
 # ---------------------------------------------------------------- selecting and merging
 
 
-def merge_segment(x, q, k, importance, removed, g, options, sizes=None, stage="vit", matched=None):
+def merge_segment(
+    x, q, k, importance, removed, g, options, sizes=None, stage="vit", matched=None, where=None
+):
     """Merge one segment of N units: indices of the kept and the recycled units, and the features of the kept.
 
     Args:
@@ -134,12 +137,15 @@ def merge_segment(x, q, k, importance, removed, g, options, sizes=None, stage="v
         sizes: how many units each already stands for, in the language model from 1 anew; becomes that of the kept.
         stage: "vit" or "llm".
         matched: how many of the features tell by "bipartite" what is alike; `None` for all.
+        where: `(frame, row, column)` of each unit, for `distance_penalty`.
     """
     n = len(x) // g
     keep = n - removed
     units = x.reshape(n, g, -1)
     rule = options.merge if sizes is None or stage == "llm" else options.vit_merge or options.merge
     if rule == "bipartite":
+        if options.distance_penalty:
+            return pairs_joined(units, removed, sizes, matched, options.distance_penalty, where)
         return pairs_joined(units, removed, sizes, matched)
     unit_importance = importance.reshape(n, g).mean(1).tolist()
     order = sorted(
@@ -175,7 +181,7 @@ def merge_segment(x, q, k, importance, removed, g, options, sizes=None, stage="v
     return kept, recycled, merged[kept].flatten(0, 1)
 
 
-def pairs_joined(units, removed, sizes, matched=None):
+def pairs_joined(units, removed, sizes, matched=None, penalty=0.0, where=None):
     """The rule "bipartite" on `units [N, g, D]`; as `merge_segment`, and `sizes` is changed in place."""
     features, weight, alive, grown = units.clone(), list(sizes), list(range(len(units))), set()
     while removed:
@@ -186,6 +192,7 @@ def pairs_joined(units, removed, sizes, matched=None):
                 torch.cosine_similarity(
                     features[even][:, :matched].flatten(), features[odd][:, :matched].flatten(), dim=0
                 ).item()
+                - (penalty if penalty and steps(where[even], where[odd]) > 1 else 0)
                 for odd in odds
             ]
             likeness[even] = max(cosines)
@@ -204,3 +211,8 @@ def pairs_joined(units, removed, sizes, matched=None):
         removed -= number
     sizes[:] = [weight[unit] for unit in alive]
     return alive, [unit for unit in alive if unit in grown], features[alive].flatten(0, 1)
+
+
+def steps(one, other):
+    """How far two places `(frame, row, column)` are: as a king walks, and a step for every frame."""
+    return abs(one[0] - other[0]) + max(abs(one[1] - other[1]), abs(one[2] - other[2]))

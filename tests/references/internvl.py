@@ -92,6 +92,7 @@ def see(model, pixel_values, removed_of, options):
     heads = model.config.vision_config.num_attention_heads
     tiles = [embed(tower.embeddings, pixels) for pixels in pixel_values]  # each [1 + units * G, D]
     total = (len(tiles[0]) - 1) // G  # units of a tile
+    side = round(total**0.5)
     removed = removed_of(total)
     units = [list(range(total)) for _ in tiles]  # of each tile the units still alive
     sizes = [[1] * total for _ in tiles]
@@ -108,8 +109,9 @@ def see(model, pixel_values, removed_of, options):
             if removed.get(layer, 0) > 0:
                 importance = importance_of(q, k, everywhere, everywhere, options.score)  # CLS asks too
                 kept, recycled, features = merge_segment(
-                    x[1:], q[:, 1:], k[:, 1:], importance[1:], removed[layer], G, options, sizes[tile]
-                )
+                    x[1:], q[:, 1:], k[:, 1:], importance[1:], removed[layer], G, options, sizes[tile],
+                    where=[(0, *divmod(unit, side)) for unit in units[tile]],
+                )  # fmt: skip
                 numbers = units[tile]
                 merges.append(
                     Merge(
@@ -152,6 +154,12 @@ def embed(embeddings, pixels):
 
 
 # ---------------------------------------------------------------- language model
+
+
+def tile_place(number, tile_tokens):
+    """`(tile, row, column)` of a picture's visual token; tiles are square."""
+    tile, within = divmod(number, tile_tokens)
+    return tile, *divmod(within, round(tile_tokens**0.5))
 
 
 def read(model, input_ids, prompt_length, features, removed_of, options):
@@ -205,6 +213,7 @@ def read(model, input_ids, prompt_length, features, removed_of, options):
             kept, recycled, merged = merge_segment(
                 x[rows], q[:, rows], k[:, rows], importance[rows], removed[segment][layer], 1, options,
                 stood_for.setdefault(segment, [1] * len(rows)), "llm",
+                where=[tile_place(held[n] - start[segment], model.config.image_seq_length) for n in rows],
             )  # fmt: skip
             numbers = [held[n] - start[segment] for n in rows]
             merges.append(

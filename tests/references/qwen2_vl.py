@@ -7,6 +7,8 @@ modules; the flow between them is spelt out here. Give it an unpatched model: ho
 Sizes in the shape comments: S tokens or patches alive now, H heads, d head size, D hidden size, g patches of a unit.
 """
 
+from itertools import product
+
 import torch
 
 from references.core import (
@@ -39,7 +41,7 @@ def forward(model, inputs, vit_removed, llm_removed, **options) -> Result:
     seen, merges = see(model, inputs, vit_removed, options)
     input_ids = inputs["input_ids"][0]
     logits, read_merges, alive = read(
-        model, input_ids, len(input_ids), seen, positions_of(model, inputs), llm_removed, options
+        model, inputs, input_ids, len(input_ids), seen, positions_of(model, inputs), llm_removed, options
     )
     features = torch.cat(
         [picture for source in ("image", "video") for picture in seen[source]] or [torch.empty(0)]
@@ -63,7 +65,7 @@ def reader(model, inputs, vit_removed, llm_removed, **options):
         further = prompt_positions[:, -1].max() + torch.arange(1, len(answer) + 1)
         positions = torch.cat([prompt_positions, further.repeat(3, 1)], dim=1)
         ids = torch.cat([prompt, torch.tensor(answer, dtype=torch.long)])
-        return read(model, ids, len(prompt), seen, positions, llm_removed, options)[0]
+        return read(model, inputs, ids, len(prompt), seen, positions, llm_removed, options)[0]
 
     return run
 
@@ -175,6 +177,7 @@ def encode(model, pixels, sizes, removed, source, options):
                     g,
                     options,
                     stand_for[segment],
+                    where=[(0, row[units[n]], column[units[n]]) for n in members],
                 )
                 numbers = [place[units[n]] for n in members]
                 merges.append(
@@ -218,7 +221,7 @@ def encoder_angles(visual, config, row, column):
 # ---------------------------------------------------------------- language model
 
 
-def read(model, input_ids, prompt_length, seen, position_ids, removed, options):
+def read(model, inputs, input_ids, prompt_length, seen, position_ids, removed, options):
     """Run the language model over prompt and generated tokens: logits `[L, vocab]`, the merges, who is alive where."""
     language, config = model.model.language_model, model.config.text_config
     length = len(input_ids)
@@ -226,14 +229,20 @@ def read(model, input_ids, prompt_length, seen, position_ids, removed, options):
     # Only placeholders of the prompt are visual: a generated token is text, whatever its id.
     placeholder = {model.config.image_token_id: "image", model.config.video_token_id: "video"}
     pictures = {source: iter(seen[source]) for source in seen}
+    grids = {source: iter(inputs.get(f"{source}_grid_thw", [])) for source in seen}
     x = language.embed_tokens(input_ids)  # [L, D]
     segment_of = [None] * length  # the segment of a visual position, None for text
-    start, sources, plans, dead = [], [], [], set()
+    start, sources, plans, dead, cells = [], [], [], set(), []
     for position in range(prompt_length):
         source = placeholder.get(int(input_ids[position]))
         if source is None or segment_of[position] is not None:
             continue
-        features = next(pictures[source])  # [units of the picture, D]
+        features, (t, h, w) = (
+            next(pictures[source]),
+            next(grids[source]).tolist(),
+        )  # [units of the picture, D]
+        side = model.config.vision_config.spatial_merge_size
+        cells.append(list(product(range(t), range(h // side), range(w // side))))
         for unit, feature in enumerate(features):
             segment_of[position + unit] = len(start)
             x[position + unit] = feature
@@ -271,6 +280,7 @@ def read(model, input_ids, prompt_length, seen, position_ids, removed, options):
             kept, recycled, merged = merge_segment(
                 x[rows], q[:, rows], k[:, rows], importance[rows], plan[layer], 1, options,
                 stood_for.setdefault(segment, [1] * len(rows)), "llm",
+                where=[cells[segment][held[n] - start[segment]] for n in rows],
             )  # fmt: skip
             numbers = [held[n] - start[segment] for n in rows]
             merges.append(

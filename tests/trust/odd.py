@@ -91,9 +91,12 @@ def plans(draw, family: str) -> dict:
     else:
         values = [0.01, 0.5, 0.85, 1] if way == "keep_ratio" else [0, 1, 3, 10**6]
         settings |= {f"{stage}_{way}": draw(st.sampled_from(values)) for stage in ("vit", "llm")}
+    vit_merge = draw(st.sampled_from([None, "bipartite", "prune"]))
+    if "bipartite" in (merge, vit_merge):
+        settings["distance_penalty"] = draw(st.sampled_from([0, 0, 0.2, 2]))
     return settings | dict(
         queries=draw(st.sampled_from(["text", "all", "visual", "last"])),
-        vit_merge=draw(st.sampled_from([None, "bipartite", "prune"])),
+        vit_merge=vit_merge,
         window_score=draw(st.sampled_from(["window", "picture"])),
         recycled=draw(st.sampled_from([0.01, 0.3, 1])),
         members=draw(st.sampled_from([1, 2, 5, 50])),

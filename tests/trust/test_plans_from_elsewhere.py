@@ -35,6 +35,7 @@ OTHERS = st.fixed_dictionaries(
         queries=st.sampled_from(["text", "all", "visual", "last"]),
         window_score=st.sampled_from(["window", "picture"]),
         proportional=st.booleans(),
+        distance_penalty=st.floats(0, 2),
     ),
 )
 JSON = st.recursive(
@@ -52,6 +53,8 @@ NAMES = st.sampled_from(sorted(PLAN_FIELDS)) | st.text(max_size=12)
 @settings(max_examples=200)
 def test_any_plan_comes_back(budget, others):
     others |= budget  # layers, too, where they have shares
+    if "bipartite" not in (others.get("merge"), others.get("vit_merge")):
+        others.pop("distance_penalty", None)
     plan = Plan(**others)
     assert Plan.from_json(plan.to_json()) == plan
     assert Plan.from_dict(others) == plan
@@ -88,7 +91,7 @@ def test_anything_else_is_refused(text):
         ("null", "not None"),
         ('{"reductoin": 0.5}', "'reductoin' is not a setting of a plan; did you mean 'reduction'?"),
         ('{"__class__": "os.system"}', "'__class__' is not a setting"),
-        ('{"zzz": 1}', "'zzz' is not a setting of a plan; there are encoder_share, "),
+        ('{"zzz": 1}', "'zzz' is not a setting of a plan; there are distance_penalty, "),
         ('{"reduction": NaN}', "NaN in a plan's JSON is no number"),
         ('{"reduction": -Infinity}', "-Infinity in a plan's JSON is no number"),
         ('{"reduction": 1e999}', r"reduction=inf is outside \[0, 1\)"),
@@ -103,12 +106,15 @@ def test_anything_else_is_refused(text):
         ('{"vit_layers": {}}', "vit_layers={} is not a tuple of layers"),
         ('{"vit_layers": [[1]]}', r"vit_layers=\(\[1\],\): \[\[1\]\] are not layer numbers"),
         ('{"score": []}', r"score=\[\] is not known"),
+        ('{"distance_penalty": null}', "distance_penalty=None says nothing"),
+        ('{"distance_penalty": 2.5, "merge": "bipartite"}', "distance_penalty=2.5 is outside"),
+        ('{"distance_penalty": 0.2}', "merge='recycle' does not do so; give merge=\"bipartite\" or"),
         ('{"proportional": "no"}', "proportional='no' is neither True nor False"),
         ('{"vit_layers": [1], "vit_shares": [null]}', "None is no share"),
         ('{"vit_layers": [1], "vit_shares": {}}', "is not a tuple of shares"),
         ("[" * 100_000, "cannot be read"),
     ],
-    ids=range(24),
+    ids=range(27),
 )
 def test_what_is_wrong_is_said(text, message):
     with pytest.raises(illava.PlanError, match=message):
