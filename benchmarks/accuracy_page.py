@@ -63,7 +63,7 @@ def measured_with(rows: Sequence[Row]) -> str:
 def weak(rows: Sequence[Row]) -> list[str]:
     """A paragraph on the tasks that a reader is weak at before anything is removed, if there are any."""
     found = {
-        f"{row['task']} ({row['reader']}: {int(row['right']) / int(row['items']):.0%} right unpatched)"
+        f"{row['task']} ({row['reader']}: {int(row['right']) / int(row['items']):.1%} right unpatched)"
         for row in rows
         if row["method"] == "unpatched" and int(row["right"]) < WEAK_BELOW * int(row["items"])
     }

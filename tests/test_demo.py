@@ -76,7 +76,7 @@ def test_examples_are_answered_as_their_page_says():
     asker.close()
     unpatched, patched = said[::2], said[1::2]
     assert [a != b for a, b in zip(unpatched, patched, strict=True)][:5] == [False, False, False, True, False]
-    assert (unpatched[3], patched[3]) == ("gezy", "ge")
+    assert (unpatched[3], patched[3]) == ("gezy", "get")
     on_5 = not transformers.__version__.startswith("4.")
     assert [answer == "zero two six" for answer in (unpatched[5], patched[5])] == [on_5, on_5]
     if importlib.util.find_spec("gradio"):

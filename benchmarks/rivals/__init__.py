@@ -51,6 +51,7 @@ RIVALS: dict[str, Rival] = {
         ours.PAPER,
         ours.BIPARTITE,
         ours.MIDDLE,
+        ours.NEAR,
     )
 }
 ABSENT: dict[str, str] = {"AdaFV": adafv.REASON}

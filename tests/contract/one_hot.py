@@ -36,12 +36,12 @@ class Follower:
         module = sys.modules[reference.forward.__module__]
         merge_segment, latest = core.merge_segment, []
 
-        def merge(x, q, k, importance, removed, g, options, *others):
+        def merge(x, q, k, importance, removed, g, options, *others, **named):
             def again(features):
                 return merge_segment(features, q, k, importance, removed, g, options)[2]
 
             latest[:] = importance.reshape(-1, g).mean(1), g, again
-            return merge_segment(x, q, k, importance, removed, g, options, *others)
+            return merge_segment(x, q, k, importance, removed, g, options, *others, **named)
 
         def record(*args):
             made = core.Merge(*args)
