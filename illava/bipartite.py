@@ -24,7 +24,7 @@ from torch.nn.functional import normalize
 from illava.merge import AFFINITY_BLOCK_ELEMENTS, Merge, joined, select
 from illava.transfer import on
 
-TAKES_IN = 2.0  # the rank of a unit that others go into: above all cosines, less any penalty
+TAKES_IN = 2.0  # the rank of a unit that others go into, before any penalty: above all cosines
 
 
 def join(
@@ -51,7 +51,7 @@ def join(
 
     Returns:
         The decision; its `importance` is how unlike a unit is to its best match, the penalty included, and
-        2 more than that penalty of units at odd places.
+        2 and the penalty of units at odd places.
     """
     total, device = len(sizes), features.device
     index, sizes = index.to(device), sizes.to(device).float()

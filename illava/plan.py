@@ -69,8 +69,9 @@ class Plan:
             `"bipartite"`.
         distance_penalty: where the rule is `"bipartite"`, how much less alike (in cosine) two tokens count
             that are no neighbours on their picture's grid, in [0, 2]. A token's neighbours are the eight
-            around it, and those at its place of the frame or tile before and after. With 0 merges what is
-            alike, wherever it is; with 2 neighbours do before all others.
+            around it, and those at its place of the frame or tile before and after; in a language model
+            whose family packs visual tokens otherwise, those next to it. With 0 merges what is alike,
+            wherever it is; with 2 neighbours do before all others.
 
     Raises:
         PlanError: a value out of range, or two budgets at once.
