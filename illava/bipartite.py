@@ -14,7 +14,7 @@ unit, d hidden size; E and O units at even and at odd places.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -35,7 +35,7 @@ def join(
     keep_counts: Sequence[int],
     *,
     distance_penalty: float = 0.0,
-    grid: Callable[[], Tensor] | None = None,
+    grid: Tensor | None = None,
 ) -> Merge:
     """Decide which units of each segment become one.
 
@@ -45,24 +45,23 @@ def join(
         index: `[S, N]` where each segment's units stand among all `U` units, ascending in a row.
         counts: units per segment.
         keep_counts: units to be left of each, 1 to `counts`.
-        distance_penalty: taken from the cosine of two that are no neighbours, see `matches`.
-        grid: gives `[U, 3]` frame, row and column of each unit; asked where there is a penalty. What others
-            went into stays where it is.
+        distance_penalty: taken from the cosine of two that are no `neighbours`.
+        grid: `[U, 3]` frame, row and column of each unit, where there is a penalty. What others went into
+            stays where it is.
 
     Returns:
-        The decision; its `importance` is how unlike a unit is to its best match, the penalty included, and
-        2 and the penalty of units at odd places.
+        The decision; its `importance` is how unlike a unit is to its best match, the penalty added; of units
+        at odd places it is 2, the penalty added.
     """
     total, device = len(sizes), features.device
     index, sizes = index.to(device), sizes.to(device).float()
     x = features.flatten(1).float()  # [U, g*d]
     owner, keep = torch.arange(total, device=device), torch.ones(total, dtype=torch.bool, device=device)
     first, weights = None, sizes
-    where = grid().to(device) if distance_penalty and grid is not None else None
     left, places, wanted = tuple(counts), index, tuple(keep_counts)
     while True:
         after = tuple(max(p, n - n // 2) for n, p in zip(left, wanted, strict=True))
-        likeness, match = matches(x, places, left, distance_penalty, where)
+        likeness, match = matches(x, places, left, distance_penalty, grid)
         decision = select(-likeness, places, left, after, total_units=total, rule="prune")
         goes = torch.where(decision.keep[places], places, places.gather(1, match))  # [S, N]
         step = torch.arange(total + 1, device=device)
@@ -85,17 +84,16 @@ def matches(
     Args:
         x: `[U, d]`.
         index, counts: as for `join`.
-        penalty: how much less alike two are that are more than a step apart, see `steps_apart`.
+        penalty: how much less alike two are that are no `neighbours`.
         grid: `[U, 3]` frame, row and column of each unit; `None` for no penalty.
 
     Returns:
-        `[S, N]` cosines with it, less the penalty, and its places in the rows; at odd places `-TAKES_IN`,
-        less the penalty, and the place itself.
+        `[S, N]` cosines with it, the penalty taken off, and its places in the rows; at odd places
+        `-TAKES_IN - penalty` and the place itself.
     """
     width = index.shape[1]
     place = torch.arange(width, device=index.device)
     real = place < on(index.device, counts)[:, None]  # [S, N]
-    penalty = 0.0 if grid is None else penalty
     likeness = torch.full(index.shape, -TAKES_IN - penalty, device=index.device)
     match = place.expand(index.shape).clone()
     if width == 1:
@@ -108,22 +106,22 @@ def matches(
         # What is not finite is like nothing.
         alike = (even @ odd).nan_to_num(nan=-1.0, posinf=-1.0, neginf=-1.0)  # [S, e, O]
         if grid is not None:
-            alike = alike - penalty * (steps_apart(grid, index[:, these], index[:, 1::2]) > 1)
+            alike = alike - penalty * ~neighbours(grid, index[:, these], index[:, 1::2])
         best = alike.masked_fill(~real[:, None, 1::2], -1.5 - penalty).max(dim=2)
         likeness[:, these], match[:, these] = best.values, 1 + 2 * best.indices
     return likeness, match
 
 
-def steps_apart(grid: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """`[S, e, O]` steps from each of `one` to each of `other`: sideways, aslant, or to the same place of the
-    next frame.
+def neighbours(grid: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """`[S, e, O]` bool, whether each of `one` stands beside each of `other`: on one of the eight places
+    around it, or on the same place of the frame before or after.
 
     Args:
         grid: `[U, 3]` frame, row and column.
         one, other: `[S, e]` and `[S, O]` among all U.
     """
     frame, row, column = ((along[one][:, :, None] - along[other][:, None]).abs() for along in grid.unbind(1))
-    return frame + torch.maximum(row, column)
+    return frame + torch.maximum(row, column) <= 1
 
 
 def _real(index: Tensor, counts: Sequence[int], spare: int) -> Tensor:

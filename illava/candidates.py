@@ -164,9 +164,12 @@ class Candidates:
         return self.sequences
 
     def _table(self, values: Callable[[], Tensor] | None, what: str) -> Tensor:
+        return self._by_unit(values, what)[self.index]
+
+    def _by_unit(self, values: Callable[[], Tensor] | None, what: str) -> Tensor:
         if values is None:
             raise PlanError(f"{self.stage} layer {self.layer} has no {what} to tell")
-        return values()[self.index]
+        return values()
 
 
 Score = Callable[[Candidates], Tensor]
@@ -183,9 +186,12 @@ def decide(candidates: Candidates, settings: Any) -> merge.Merge:
     if c.stage == "vit" and settings.vit_merge is not None:
         rule = settings.vit_merge
     if rule == "bipartite":
+        grid = None
+        if settings.distance_penalty:
+            grid = c._by_unit(c._place, "grid of places").to(c.features.device)
         return bipartite.join(
             c.features, c.sizes, c.index, c.counts, c.keep_counts,
-            distance_penalty=settings.distance_penalty, grid=c._place,
+            distance_penalty=settings.distance_penalty, grid=grid,
         )  # fmt: skip
     importance = ranked(c, settings.score) if callable(settings.score) else c.attention
     return merge.select(

@@ -70,8 +70,8 @@ class Plan:
         distance_penalty: where the rule is `"bipartite"`, how much less alike (in cosine) two tokens count
             that are no neighbours on their picture's grid, in [0, 2]. A token's neighbours are the eight
             around it, and those at its place of the frame or tile before and after; in a language model
-            whose family packs visual tokens otherwise, those next to it. With 0 merges what is alike,
-            wherever it is; with 2 neighbours do before all others.
+            whose family packs visual tokens otherwise, those next to it. At 0 what is alike merges wherever
+            it is, at 2 neighbours merge before all others.
 
     Raises:
         PlanError: a value out of range, or two budgets at once.

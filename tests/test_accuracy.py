@@ -139,15 +139,15 @@ def left_of(reader, reduction, method):
 @pytest.mark.parametrize("reader", READERS)
 def test_what_the_readme_says_of_small_writing(said, reader):
     """A row of its table for each reader; and nobody else's method keeps so much."""
-    ours = ("illava bipartite", "illava middle", "illava near")
-    shown = ("unpatched", "illava", "ToMe", "DivPrune", *ours)
+    by_likeness = ("illava bipartite", "illava middle", "illava near")
+    shown = ("unpatched", "illava", "ToMe", "DivPrune", *by_likeness)
     cells = " | ".join(percent(right_of("text", reader, 8 / 9, method)) for method in shown)
     assert f"| {NAMES[reader]} | {cells} |" in said
     rows, base = measured("compute", 8 / 9, reader)
     text = [row["task"] for row in base].index("text")
     read_by = {method: share_of(row[text]) for method, row in rows.items() if not row[text]["note"]}
     best = max(read_by[method] for method in rivals_of(read_by))
-    assert best < min(read_by[method] for method in ours)
+    assert best < min(read_by[method] for method in by_likeness)
 
 
 def test_what_the_readme_says_of_the_middle(said):

@@ -63,7 +63,7 @@ def test_what_stands_apart_is_less_alike(keeps, penalty):
     features, sizes, index = segments(counts, seed=8)
     draw = torch.Generator().manual_seed(9)
     grid = torch.stack([torch.randint(0, side, (27,), generator=draw) for side in (3, 4, 9)], dim=1)
-    joining = dict(distance_penalty=penalty, grid=lambda: grid)
+    joining = dict(distance_penalty=penalty, grid=grid)
     made = bipartite.join(features, sizes, index, counts, keeps, **joining)
     blended = made.blend(features)
     for row, (count, keep) in enumerate(zip(counts, keeps, strict=True)):
@@ -82,7 +82,7 @@ def test_equal_things_far_apart_stay_two():
     features = torch.eye(6)[[0, 0, 1, 2, 3, 4, 0, 0]][:, None]  # [8, 1, 6]
     sizes, index = torch.ones(8), torch.arange(8)[None]
     grid = torch.stack((torch.zeros(8), torch.zeros(8), torch.arange(8)), dim=1).long()
-    apart = bipartite.join(features, sizes, index, (8,), (6,), distance_penalty=0.1, grid=lambda: grid)
+    apart = bipartite.join(features, sizes, index, (8,), (6,), distance_penalty=0.1, grid=grid)
     assert apart.owner.tolist() == [1, 1, 2, 3, 4, 5, 7, 7]
     anywhere = bipartite.join(features, sizes, index, (8,), (6,))
     assert anywhere.owner.tolist() == [1, 1, 2, 3, 4, 5, 1, 7]

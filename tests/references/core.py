@@ -144,9 +144,7 @@ def merge_segment(
     units = x.reshape(n, g, -1)
     rule = options.merge if sizes is None or stage == "llm" else options.vit_merge or options.merge
     if rule == "bipartite":
-        if options.distance_penalty:
-            return pairs_joined(units, removed, sizes, matched, options.distance_penalty, where)
-        return pairs_joined(units, removed, sizes, matched)
+        return pairs_joined(units, removed, sizes, matched, options.distance_penalty, where)
     unit_importance = importance.reshape(n, g).mean(1).tolist()
     order = sorted(
         range(n), key=lambda u: -unit_importance[u]
