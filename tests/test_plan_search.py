@@ -13,7 +13,17 @@ from illava.evaluate.by_cost import as_fast_as, as_few_as
 from illava.evaluate.found import BEST, DEFAULT
 from illava.evaluate.judge import Judge
 from illava.evaluate.prompts import decoded
-from illava.evaluate.search_space import ENCODER_REMOVES, TOTALS, Candidate, frames_of
+from illava.evaluate.search_space import (
+    ALIKE,
+    ENCODER_REMOVES,
+    NEAR,
+    RECYCLE,
+    TOTALS,
+    Candidate,
+    Rule,
+    Space,
+    frames_of,
+)
 from illava.evaluate.trials import Trials, Tried
 from illava.report import PictureRecord
 from questions import write_questions
@@ -60,11 +70,11 @@ def late_and_mild(candidate):
 
 def all_of(space):
     """Every candidate of the space."""
-    rules = ("recycle", "bipartite")
-    ways = product(space.encoder_layers, rules, ENCODER_REMOVES)
+    ways = product(space.encoder_layers, space.rules, ENCODER_REMOVES)
     encoder = [Candidate(x, (), e, e, rule) for x, rule, e in ways]
     totals = dict.fromkeys([*TOTALS, *DEFAULTS[:5]])
-    decoder = [Candidate((), x, 0.0, r, rule) for x, rule, r in product(space.decoder_layers, rules, totals)]
+    ways = product(space.decoder_layers, space.rules, totals)
+    decoder = [Candidate((), x, 0.0, r, rule) for x, rule, r in ways]
     return space.joined(encoder, decoder)
 
 
@@ -76,7 +86,7 @@ def test_four_blocks_in_the_middle_are_tried(loaded, trials):
     """What keeps most of both readers' answers: at block 2 to 5 by likeness, then in the decoder's middle."""
     space = Judge(loaded, *trials, lambda *_: None).space
     fitting = [c for c in all_of(space) if (c.vit_layers, c.llm_layers) == ((2, 3, 4, 5), (4,))]
-    assert {(c.encoder_removes, c.reduction) for c in fitting if c.merge == "bipartite"} > {(0.5, 0.667)}
+    assert {(c.encoder_removes, c.reduction) for c in fitting if c.rule == NEAR} > {(0.5, 0.667)}
 
 
 def test_the_cheapest_plan_that_holds_is_found(loaded, trials):
@@ -96,7 +106,7 @@ def test_tokens_most_alike_are_merged_where_that_alone_holds(loaded, trials):
     """In block 1, and in the decoder."""
 
     def alike(candidate):
-        by_likeness = candidate.merge == "bipartite" and candidate.vit_layers in ((1,), ())
+        by_likeness = candidate.rule == ALIKE and candidate.vit_layers in ((1,), ())
         return by_likeness and (not candidate.llm_layers or late(candidate))
 
     def late(candidate):
@@ -112,13 +122,34 @@ def test_tokens_most_alike_are_merged_where_that_alone_holds(loaded, trials):
     assert search.as_strong.plan.merge == "recycle", "the default layers merge as they do"
 
 
-def test_a_given_cost_is_met_with_either_rule(loaded, items):
+def test_neighbours_first_where_tokens_most_alike_alone_do_not_hold(loaded, trials):
+    """The decoder alone has no attention of tokens that stand for several."""
+    judge = Ruled(loaded, *trials, lambda candidate: candidate.rule == NEAR)
+    search = Cheapest(judge, 0.9)
+    search.run()
+    plan = search.best.plan
+    assert (plan.merge, plan.distance_penalty, plan.proportional) == ("bipartite", 0.2, True)
+    assert plan == cheapest_by_hand(judge.space, judge.rules[False]).plan
+    decoder = Candidate((), (3,), 0.0, 0.5, NEAR).plan
+    assert (decoder.merge, decoder.distance_penalty, decoder.proportional) == ("bipartite", 0.2, False)
+
+
+def test_an_encoder_that_cannot_be_told_what_tokens_stand_for_is_not_asked_to(loaded, trials):
+    space = Judge(loaded, *trials, lambda *_: None).space
+    assert space.rules == [RECYCLE, ALIKE, NEAR]
+    space = Space(loaded, space.shown)
+    space.seams = replace(space.seams, block_observed=object())
+    assert space.rules == [RECYCLE, ALIKE, Rule("bipartite", distance_penalty=0.2)]
+
+
+def test_a_given_cost_is_met_with_every_rule(loaded, items):
     """Of the same layers and shares, which then cost the same."""
     judge = Judge(loaded, *[Trials(loaded, items[:1], 1, 1)] * 2, lambda *_: None)
     for found in (as_fast_as(1.3, judge.space), as_few_as(9, judge.pictures, judge.space)):
-        rules = [{c for c in found if c.merge == rule} for rule in ("recycle", "bipartite")]
-        assert {replace(c, merge="bipartite") for c in rules[0]} == rules[1]
-        assert rules[1]
+        plain, *others = ({c for c in found if c.rule == rule} for rule in judge.space.rules)
+        for rule, own in zip((ALIKE, NEAR), others, strict=True):
+            assert {replace(c, rule=rule) for c in plain} == own
+            assert own
         assert len(found) == len(set(found))
 
 
@@ -240,7 +271,7 @@ def test_a_speed_up_is_reached_and_no_more_than_that(loaded, items):
         Judge(loaded, *[Trials(loaded, items[:2], 1, 2)] * 2, lambda *_: None).space,
     )
     removes = plan.encoder_share * plan.reduction
-    milder = Candidate(plan.vit_layers, plan.llm_layers, removes, plan.reduction - 0.01, plan.merge)
+    milder = Candidate(plan.vit_layers, plan.llm_layers, removes, plan.reduction - 0.01)
     assert plan.llm_layers, "or the encoder would have to remove less, too"
     assert space.cost(milder) > 1 / 1.4
     assert found.default is None

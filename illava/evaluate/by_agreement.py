@@ -130,8 +130,8 @@ def _and_milder(strongest: Sequence[Candidate]) -> list[Candidate]:
         found.append(one)
         if one.vit_layers:
             milder = [e for e in ENCODER_REMOVES if e < one.encoder_removes]
-            found += [Candidate(one.vit_layers, (), e, e, one.merge) for e in milder]
+            found += [Candidate(one.vit_layers, (), e, e, one.rule) for e in milder]
         else:
             milder = [r for r in DEFAULTS[:5] if r < one.reduction]
-            found += [Candidate((), one.llm_layers, 0.0, r, one.merge) for r in milder]
+            found += [Candidate((), one.llm_layers, 0.0, r, one.rule) for r in milder]
     return found

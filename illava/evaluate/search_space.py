@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import Any, Literal
@@ -26,10 +26,20 @@ _ENCODER_PLACES = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
 _ENCODER_MIDDLE = (1 / 4, 3 / 8, 1 / 2, 5 / 8)
 
 Layers = tuple[Any, ...]
-Rule = Literal["recycle", "bipartite"]
-# How both stages merge: by attention, as the default does, or by likeness. Where both hold, which cost the
-# same, the default is taken.
-RULES: tuple[Rule, ...] = ("recycle", "bipartite")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How both stages merge; fields as of `illava.Plan`, `proportional` where the encoder merges."""
+
+    merge: Literal["recycle", "bipartite"] = "recycle"
+    proportional: bool = False
+    distance_penalty: float = 0.0
+
+
+# By attention, as the default does; by likeness; by likeness with neighbours first. They cost the same: of
+# those that hold the first is taken.
+RECYCLE, ALIKE, NEAR = Rule(), Rule("bipartite"), Rule("bipartite", proportional=True, distance_penalty=0.2)
 
 
 @dataclass(frozen=True)
@@ -40,14 +50,14 @@ class Candidate:
         vit_layers, llm_layers: where it merges.
         encoder_removes: share of the visual tokens that the encoder removes.
         reduction: share that is gone after the last merge.
-        merge: the rule of both stages.
+        rule: how both stages merge.
     """
 
     vit_layers: Layers
     llm_layers: Layers
     encoder_removes: float
     reduction: float
-    merge: Rule = "recycle"
+    rule: Rule = RECYCLE
 
     @property
     def plan(self) -> Plan:
@@ -55,7 +65,8 @@ class Candidate:
         share = Plan().encoder_share
         if self.vit_layers and self.llm_layers and self.reduction:  # one stage alone removes everything
             share = round(self.encoder_removes / self.reduction, 4)
-        return Plan(self.vit_layers, self.llm_layers, self.reduction, share, merge=self.merge)
+        rule = self.rule if self.vit_layers else replace(self.rule, proportional=False)
+        return Plan(self.vit_layers, self.llm_layers, self.reduction, share, **asdict(rule))
 
     @property
     def parts(self) -> tuple[Candidate, ...]:
@@ -63,8 +74,8 @@ class Candidate:
         if not (self.vit_layers and self.llm_layers):
             return ()
         removed = self.encoder_removes
-        encoder = Candidate(self.vit_layers, (), removed, removed, self.merge)
-        return encoder, Candidate((), self.llm_layers, 0.0, self.reduction, self.merge)
+        encoder = Candidate(self.vit_layers, (), removed, removed, self.rule)
+        return encoder, Candidate((), self.llm_layers, 0.0, self.reduction, self.rule)
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,12 @@ class Space:
         self._shape = measure(self.seams)
 
     @cached_property
+    def rules(self) -> list[Rule]:
+        """Those that this encoder can follow: not every one can be told what its tokens stand for."""
+        told = self.seams.block_observed is None
+        return [replace(rule, proportional=rule.proportional and told) for rule in (RECYCLE, ALIKE, NEAR)]
+
+    @cached_property
     def encoder_layers(self) -> list[Layers]:
         """Sets of encoder blocks: the default, single ones, neighbours, four in the middle, the output.
 
@@ -137,20 +154,20 @@ class Space:
 
     def encoder_only(self) -> list[list[Candidate]]:
         """For each set of blocks and rule, from the strongest to the mildest."""
-        ways = product(self.encoder_layers, RULES)
+        ways = product(self.encoder_layers, self.rules)
         return [[Candidate(x, (), e, e, rule) for e in ENCODER_REMOVES] for x, rule in ways]
 
     def decoder_only(self) -> list[list[Candidate]]:
         """For each set of layers and rule, from the strongest to the mildest."""
-        ways = product(self.decoder_layers, RULES)
+        ways = product(self.decoder_layers, self.rules)
         return [[Candidate((), x, 0.0, r, rule) for r in TOTALS] for x, rule in ways]
 
     def joined(self, encoder: Sequence[Candidate], decoder: Sequence[Candidate]) -> list[Candidate]:
         """Plans of both stages from plans of one, with the same rule, and these too; the cheapest first."""
         found = [
-            Candidate(e.vit_layers, d.llm_layers, e.encoder_removes, d.reduction, e.merge)
+            Candidate(e.vit_layers, d.llm_layers, e.encoder_removes, d.reduction, e.rule)
             for e, d in product(encoder, decoder)
-            if d.reduction > e.encoder_removes and d.merge == e.merge
+            if d.reduction > e.encoder_removes and d.rule == e.rule
         ]
         return sorted([*encoder, *decoder, *found], key=self.cost)
 
