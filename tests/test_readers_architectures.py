@@ -239,3 +239,17 @@ def test_a_family_borrows_the_other_ones_language_model(source, tmp_path):
         else:
             assert name not in taken
             assert torch.equal(weight, untouched[name])
+
+
+@FAMILIES
+def test_of_several_checkpoints_the_mean(family, tmp_path):
+    models = [architectures.build(family, WORDS, seed=seed)[0] for seed in (3, 4, 5)]
+    processor = reader(family)[1]
+    for number, model in enumerate(models):
+        architectures.save(model, processor, tmp_path / str(number), dtype=torch.float32)
+    begun = architectures.build(family, WORDS, seed=6)[0]
+    for number in range(3):
+        architectures.borrow(begun, tmp_path / str(number), share=1 / (number + 1))
+    whole = [dict(model.named_parameters()) for model in models]
+    for name, weight in begun.named_parameters():
+        assert torch.allclose(weight, sum(own[name] for own in whole) / 3, atol=1e-6), name

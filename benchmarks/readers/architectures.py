@@ -208,24 +208,30 @@ def _internvl(tokens):
 
 
 @torch.no_grad()
-def borrow(model, folder) -> list[str]:
+def borrow(model, folder, share: float = 1.0) -> list[str]:
     """Take over what a checkpoint, also of the other family, has under the same name and in the same shape.
 
     The families name their language models alike, and with the same `words` their vocabularies differ in some
     special tokens only: all other embeddings are taken over too. Returns the names of what was taken.
+
+    Args:
+        share: of the checkpoint's weights in the outcome, beside what the model has.
     """
     other = transformers.AutoModelForImageTextToText.from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True
     )
     theirs, taken = dict(other.named_parameters()), []
+    same = model.config.model_type == other.config.model_type
     ours, their_own = (len(_special(x.config.model_type)) for x in (model, other))
     for name, weight in model.named_parameters():
         if (source := theirs.get(name)) is None:
             continue
-        if name.endswith("embed_tokens.weight") and len(weight) - ours == len(source) - their_own:
-            weight[:4], weight[ours:] = source[:4], source[their_own:]
+        words = name.endswith("embed_tokens.weight") and not same
+        if words and len(weight) - ours == len(source) - their_own:
+            weight[:4].lerp_(source[:4], share)
+            weight[ours:].lerp_(source[their_own:], share)
         elif weight.shape == source.shape:
-            weight.copy_(source)
+            weight.lerp_(source, share)
         else:
             continue
         taken.append(name)

@@ -149,8 +149,14 @@ def parse() -> argparse.Namespace:
         "--start-from", type=Path, nargs="+", default=[],
         help="checkpoints whose weights of equal shape to begin with; of two that fit, the last one's",
     )  # fmt: skip
+    add(
+        "--mean", action="store_true",
+        help="of several that fit, their mean (a model soup, Wortsman et al. 2022)",
+    )  # fmt: skip
     options = parser.parse_args()
     looking, reading, begin = options.looking, options.reading, options.begin
+    if options.mean and len(options.start_from) < 2:
+        parser.error("--mean is of two checkpoints or more; give them to --start-from, or leave --mean out")
     if min(looking, reading) < 0 or looking + reading > 1 or looking == 1:
         parser.error(
             f"--looking {looking:g} and --reading {reading:g} are no shares of a run in which something is "
@@ -170,8 +176,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     process = share(device)
     model, processor = architectures.build(family, tasks.WORDS, seed=options.seed)
-    for folder in options.start_from:
-        architectures.borrow(model, folder)
+    for number, folder in enumerate(options.start_from, start=1):
+        architectures.borrow(model, folder, share=1 / number if options.mean else 1.0)
     if device.type == "cpu":
         attention.use(model)
     average = copy.deepcopy(model).to(device)  # what is validated and saved
@@ -251,7 +257,7 @@ def note(out: Path, options: argparse.Namespace, model: nn.Module, device: torch
         "course of questions from": options.begin,
         "factor on batches": options.size,
         "highest learning rate": options.learning_rate,
-        "began from": "; ".join(began) or "random weights",
+        "began from": ("mean of " if options.mean else "") + "; ".join(began) or "random weights",
         "processes": distributed.get_world_size() if distributed.is_initialized() else 1,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {threads} threads",
         "torch": torch.__version__, "transformers": transformers.__version__,
