@@ -233,8 +233,6 @@ def test_a_card_says_what_a_reader_began_from():
     language = ", its language\nmodel from that of `made/internvl` (weights `1b`),"
     assert card._began(both, "qwen2_5_vl") == f"an earlier reader's\nweights (`0a`){language}"
     assert card._began("made/internvl, weights 1b", "qwen2_5_vl") == f"random weights{language}"
-    mean = "mean of made/internvl, weights 1b; other/internvl, weights 2c"
-    assert card._began(mean, "internvl") == "the mean of earlier readers'\nweights (`1b`, `2c`),"
 
 
 @pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda path: path.name)

@@ -208,14 +208,11 @@ def _internvl(tokens):
 
 
 @torch.no_grad()
-def borrow(model, folder, share: float = 1.0) -> list[str]:
+def borrow(model, folder) -> list[str]:
     """Take over what a checkpoint, also of the other family, has under the same name and in the same shape.
 
     The families name their language models alike, and with the same `words` their vocabularies differ in some
     special tokens only: all other embeddings are taken over too. Returns the names of what was taken.
-
-    Args:
-        share: of the checkpoint's weights in the outcome, beside what the model has.
     """
     other = transformers.AutoModelForImageTextToText.from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True
@@ -228,10 +225,9 @@ def borrow(model, folder, share: float = 1.0) -> list[str]:
             continue
         words = name.endswith("embed_tokens.weight") and not same
         if words and len(weight) - ours == len(source) - their_own:
-            weight[:4].lerp_(source[:4], share)
-            weight[ours:].lerp_(source[their_own:], share)
+            weight[:4], weight[ours:] = source[:4], source[their_own:]
         elif weight.shape == source.shape:
-            weight.lerp_(source, share)
+            weight.copy_(source)
         else:
             continue
         taken.append(name)

@@ -108,9 +108,6 @@ def weak_tasks(right: dict[str, float]) -> list[str]:
 def _began(source: str, name: str) -> str:
     if source == "random weights":
         return source
-    if source.startswith("mean of "):
-        weights = (part.split(", weights ")[1] for part in source.split("; "))
-        return f"the mean of earlier readers'\nweights ({', '.join(f'`{x}`' for x in weights)}),"
     begun, language = "random weights", ""
     for part in source.split("; "):
         folder, weights = part.split(", weights ")

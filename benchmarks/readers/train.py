@@ -97,7 +97,7 @@ def answers(model, batch, device, sight=None):
 
 
 @torch.no_grad()
-def validate(model, processor, *, items: int) -> dict[str, float]:
+def validate(model, processor, *, items: int = 48) -> dict[str, float]:
     """Share of exact answers by task and size on validation pictures, every question asked.
 
     A question counts as right if each token of its answer is the likeliest after the right ones before it,
@@ -112,7 +112,7 @@ def validate(model, processor, *, items: int) -> dict[str, float]:
             for question, good in zip(batch.questions, right.tolist(), strict=True):
                 if question.task:
                     found[f"{question.task} {kind.side}"].append(good)
-    return {name: sum(values) / len(values) for name, values in sorted(found.items())}
+    return {name: round(sum(values) / len(values), 4) for name, values in sorted(found.items())}
 
 
 def restore(path: Path, model, sight, parts, average) -> tuple[int, float]:
@@ -149,14 +149,8 @@ def parse() -> argparse.Namespace:
         "--start-from", type=Path, nargs="+", default=[],
         help="checkpoints whose weights of equal shape to begin with; of two that fit, the last one's",
     )  # fmt: skip
-    add(
-        "--mean", action="store_true",
-        help="of several that fit, their mean (a model soup, Wortsman et al. 2022)",
-    )  # fmt: skip
     options = parser.parse_args()
     looking, reading, begin = options.looking, options.reading, options.begin
-    if options.mean and len(options.start_from) < 2:
-        parser.error("--mean is of two checkpoints or more; give them to --start-from, or leave --mean out")
     if min(looking, reading) < 0 or looking + reading > 1 or looking == 1:
         parser.error(
             f"--looking {looking:g} and --reading {reading:g} are no shares of a run in which something is "
@@ -176,8 +170,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     process = share(device)
     model, processor = architectures.build(family, tasks.WORDS, seed=options.seed)
-    for number, folder in enumerate(options.start_from, start=1):
-        architectures.borrow(model, folder, share=1 / number if options.mean else 1.0)
+    for folder in options.start_from:
+        architectures.borrow(model, folder)
     if device.type == "cpu":
         attention.use(model)
     average = copy.deepcopy(model).to(device)  # what is validated and saved
@@ -257,7 +251,7 @@ def note(out: Path, options: argparse.Namespace, model: nn.Module, device: torch
         "course of questions from": options.begin,
         "factor on batches": options.size,
         "highest learning rate": options.learning_rate,
-        "began from": ("mean of " if options.mean else "") + "; ".join(began) or "random weights",
+        "began from": "; ".join(began) or "random weights",
         "processes": distributed.get_world_size() if distributed.is_initialized() else 1,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {threads} threads",
         "torch": torch.__version__, "transformers": transformers.__version__,
@@ -271,11 +265,10 @@ def save(model, sight, average, processor, parts, step, hours, losses, state, ou
     states.write(
         state / "new.safetensors", {"model": model, "average": average, "sight": sight}, parts, about
     )
-    scores = validate(average, processor, items=48)
+    scores = validate(average, processor)
     architectures.save(average, processor, out)
     loss, right = (float(torch.stack(values).mean()) for values in zip(*losses, strict=True))
-    row = {"step": step, "hours": round(hours, 3), "loss": round(loss, 4), "right": round(right, 4)}
-    row |= {name: round(score, 4) for name, score in scores.items()}
+    row = {"step": step, "hours": round(hours, 3), "loss": round(loss, 4), "right": round(right, 4), **scores}
     path = out / "training.csv"
     fresh = not path.exists()
     with path.open("a", newline="") as file:
