@@ -7,7 +7,7 @@ The third plan merges where the defaults do and as much, but makes one of those 
 most alike (`merge="bipartite"`), however little attention they receive, in both stages. The fourth does that
 in four blocks in the middle of the encoder, for half of all that goes, and leaves out the language model's
 first merge; and a token of the encoder that stands for several attracts as much attention as they would
-(`proportional=True`), without which merging in the encoder costs the InternVL a fifth of its counts. The
+(`proportional=True`), without which merging in the encoder costs the InternVL a sixth of its counts. The
 fifth is the fourth, but for neighbours that merge before what is as alike elsewhere (`distance_penalty`). All
 three were chosen on the validation split (`--methods bipartite distance`).
 """
