@@ -1,7 +1,9 @@
 """The mean of readers' weights."""
 
+import csv
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from safetensors.torch import load_file
 
 from readers import architectures, soup, states
 from readers.tasks import WORDS
+
+READER = Path(__file__).resolve().parent.parent / "checkpoints" / "internvl"
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +63,17 @@ def test_what_is_there_is_not_overwritten(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         soup.main()
     assert "is there already: give another --out, or delete it" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_reader_mixed_with_itself_is_itself_and_scores_as_it_did(tmp_path, monkeypatch):
+    out = tmp_path / "mixed"
+    given = ["soup.py", str(READER), str(READER), "--shares", "0.5", "0.5", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", given)
+    soup.main()
+    assert states.fingerprint(out) == states.fingerprint(READER)
+    before, after = (list(csv.DictReader((folder / "training.csv").open())) for folder in (READER, out))
+    assert len(after) == len(before) + 1
+    for name in (name for name in after[-1] if " " in name):
+        assert float(after[-1][name]) == pytest.approx(float(before[-1][name]), abs=0.05), name
+    assert "0.5 of" in (out / "README.md").read_text()

@@ -218,13 +218,13 @@ def borrow(model, folder) -> list[str]:
         folder, dtype=torch.float32, use_safetensors=True
     )
     theirs, taken = dict(other.named_parameters()), []
-    same = model.config.model_type == other.config.model_type
+    same_family = model.config.model_type == other.config.model_type
     ours, their_own = (len(_special(x.config.model_type)) for x in (model, other))
     for name, weight in model.named_parameters():
         if (source := theirs.get(name)) is None:
             continue
-        words = name.endswith("embed_tokens.weight") and not same
-        if words and len(weight) - ours == len(source) - their_own:
+        other_tokens = name.endswith("embed_tokens.weight") and not same_family
+        if other_tokens and len(weight) - ours == len(source) - their_own:
             weight[:4], weight[ours:] = source[:4], source[their_own:]
         elif weight.shape == source.shape:
             weight.copy_(source)

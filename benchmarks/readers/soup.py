@@ -32,9 +32,8 @@ def mix(folders: Sequence[Path], shares: Sequence[float], out: Path) -> None:
     All else in it is the last folder's; its `training.json` says what was mixed.
     """
     tensors = [load_file(folder / WEIGHTS) for folder in folders]
-    if any(
-        {n: x.shape for n, x in own.items()} != {n: x.shape for n, x in tensors[0].items()} for own in tensors
-    ):
+    shapes = [{name: x.shape for name, x in own.items()} for own in tensors]
+    if any(own != shapes[0] for own in shapes):
         raise SystemExit(
             f"{', '.join(map(str, folders))} hold weights of different shapes: give readers of one family"
         )
