@@ -202,6 +202,14 @@ def test_what_the_readme_says_of_equal_compute(said):
     assert f"DivPrune's {percent(qwen[prune][0])} by more than that interval, and " in said
     assert f"and {percent(internvl[near][0])} on the InternVL, where it is within that of DivPrune's " in said
     assert f"DivPrune's {percent(internvl[prune][0])}. Counts" in said
+    third = [
+        [percent(shares("compute", 2 / 3, reader)[name][0]) for reader in READERS] for name in (near, prune)
+    ]
+    two = f"`illava near` keeps {third[0][0]} on the InternVL and {third[0][1]} on the Qwen2.5-VL, DivPrune "
+    assert f"At 66.7 % {two}{third[1][0]} and {third[1][1]}: nothing between them that" in said
+    for reader in READERS:  # and none of the two is ahead of the other for sure
+        for one, other in ((near, prune), (prune, near)):
+            assert leads("compute", 2 / 3, reader, one, [other])[other] < 0
     methods = ("illava bipartite", "illava middle", "illava near")
     counts = [right_of("count", "internvl", 8 / 9, method) for method in methods]
     assert counts == sorted(counts)

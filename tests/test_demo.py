@@ -65,7 +65,7 @@ def test_examples_are_pictures_and_a_clip_within_the_limits():
 
 
 def test_examples_are_answered_as_their_page_says():
-    """Merging changes the answer to the fourth alone; 4.57 has all frames of the clip at once."""
+    """Merging changes the answers to the fourth and to the clip; 4.57 has all frames of the clip at once."""
     asker, said = load(default_model(), "cpu"), []
     for sample in SAMPLES:
         prompt = Prompt([media.read(Path(file), Limits()) for file in sample.files], sample.question)
@@ -76,9 +76,9 @@ def test_examples_are_answered_as_their_page_says():
     asker.close()
     unpatched, patched = said[::2], said[1::2]
     assert [a != b for a, b in zip(unpatched, patched, strict=True)][:5] == [False, False, False, True, False]
-    assert (unpatched[3], patched[3]) == ("gezy", "get")
+    assert (unpatched[3], patched[3]) == ("gezy", "ge")
     on_5 = not transformers.__version__.startswith("4.")
-    assert [answer == "zero two six" for answer in (unpatched[5], patched[5])] == [on_5, on_5]
+    assert (unpatched[5] == "zero two six", patched[5] == "zero six") == (on_5, on_5)
     if importlib.util.find_spec("gradio"):
         from illava.demo.controls import REDUCTION
 

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from readers import attention, card, states, train  # noqa: E402
 
 WEIGHTS = "model.safetensors"
+ITEMS = 480  # of each kind of picture: ten times what a run looks at every time, and asks some twenty words
 
 
 def mix(folders: Sequence[Path], shares: Sequence[float], out: Path) -> None:
@@ -48,13 +49,13 @@ def mix(folders: Sequence[Path], shares: Sequence[float], out: Path) -> None:
     (out / "training.json").write_text(json.dumps(noted | {"mixed": ", ".join(said)}, indent=2) + "\n")
 
 
-def validate(out: Path) -> None:
-    """Add the mixture's own scores to `training.csv`, and write its card."""
+def validate(out: Path, items: int) -> None:
+    """Add the mixture's own scores, on so many items of each kind, to `training.csv`, and write its card."""
     model = transformers.AutoModelForImageTextToText.from_pretrained(
         out, dtype=torch.float32, use_safetensors=True
     )
     attention.use(model)
-    scores = train.validate(model.eval(), transformers.AutoProcessor.from_pretrained(out))
+    scores = train.validate(model.eval(), transformers.AutoProcessor.from_pretrained(out), items=items)
     with (out / "training.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     rows.append(rows[-1] | {"loss": "", "right": ""} | scores)
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+", help="readers of one family, two or more")
     parser.add_argument("--shares", type=float, nargs="+", required=True, help="of each, 1 in all")
     parser.add_argument("--out", type=Path, required=True, help="folder for the mixture, not there yet")
+    parser.add_argument("--items", type=int, default=ITEMS, help="pictures of each kind to validate with")
     options = parser.parse_args()
     folders, shares, out = options.folders, options.shares, options.out
     if not 2 <= len(folders) == len(shares) or abs(sum(shares) - 1) > 1e-6:
@@ -79,7 +81,7 @@ def main() -> None:
     if out.exists():
         parser.error(f"{out} is there already: give another --out, or delete it")
     mix(folders, shares, out)
-    validate(out)
+    validate(out, options.items)
 
 
 if __name__ == "__main__":
