@@ -18,6 +18,8 @@ from readers import tasks
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+matplotlib.rcParams["svg.hashsalt"] = "illava"  # names in a file follow from the curves alone
+
 Row = dict[str, str]
 IMAGE_TASKS = tuple(task for task in tasks.TASKS if task != "video")
 DRAWS = 2000  # of the bootstrap
@@ -154,6 +156,8 @@ def plots(rows: Sequence[Row], stem: Path) -> None:
         if max((len(points) for points in curves.values()), default=0) < 2:
             continue  # one reduction alone makes no curve
         figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+        colors = plt.get_cmap("tab20").colors  # the ten usual ones, a pale one after each
+        axes.set_prop_cycle(color=colors[::2] + colors[1::2])
         best = sorted(curves.items(), key=lambda x: -x[1][-1][1])
         for (method, points), marker in zip(best, "osv^<>DPX*hdp+x1234|_" * 3, strict=False):
             x, y, low, high = np.array(sorted(points)).T
@@ -167,5 +171,6 @@ def plots(rows: Sequence[Row], stem: Path) -> None:
         axes.set_title(f"{reader}, {split} split, the same {matched}")
         figure.legend(fontsize="small", loc="outside right upper")
         for kind in ("svg", "png"):
-            figure.savefig(stem.with_name(f"{stem.name}_{reader}_{split}_{budget}.{kind}"), dpi=120)
+            path = stem.with_name(f"{stem.name}_{reader}_{split}_{budget}.{kind}")
+            figure.savefig(path, dpi=120, metadata={"Date": None} if kind == "svg" else None)
         plt.close(figure)
