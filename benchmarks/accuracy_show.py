@@ -170,7 +170,7 @@ def plots(rows: Sequence[Row], stem: Path) -> None:
         axes.set(xlabel="visual tokens removed, %", ylabel="accuracy kept, % of unpatched, picture tasks")
         axes.set_title(f"{reader}, {split} split, the same {matched}")
         figure.legend(fontsize="small", loc="outside right upper")
-        for kind in ("svg", "png"):
+        for kind, metadata in (("svg", {"Date": None}), ("png", None)):
             path = stem.with_name(f"{stem.name}_{reader}_{split}_{budget}.{kind}")
-            figure.savefig(path, dpi=120, metadata={"Date": None} if kind == "svg" else None)
+            figure.savefig(path, dpi=120, metadata=metadata)
         plt.close(figure)

@@ -202,12 +202,12 @@ def test_what_the_readme_says_of_equal_compute(said):
     assert f"DivPrune's {percent(qwen[prune][0])} by more than that interval, and " in said
     assert f"and {percent(internvl[near][0])} on the InternVL, where it is within that of DivPrune's " in said
     assert f"DivPrune's {percent(internvl[prune][0])}. Counts" in said
-    third = [
-        [percent(shares("compute", 2 / 3, reader)[name][0]) for reader in READERS] for name in (near, prune)
-    ]
-    two = f"`illava near` keeps {third[0][0]} on the InternVL and {third[0][1]} on the Qwen2.5-VL, DivPrune "
-    assert f"At 66.7 % {two}{third[1][0]} and {third[1][1]}: nothing between them that" in said
-    for reader in READERS:  # and none of the two is ahead of the other for sure
+    least = [shares("compute", 2 / 3, reader) for reader in READERS]
+    by_near, by_prune = ([percent(own[name][0]) for own in least] for name in (near, prune))
+    said_of_near = f"`illava near` keeps {by_near[0]} on the InternVL and {by_near[1]} on the Qwen2.5-VL"
+    said_of_both = f"{said_of_near}, DivPrune {by_prune[0]} and {by_prune[1]}"
+    assert f"At 66.7 % {said_of_both}: nothing between them that the interval of the difference would" in said
+    for reader in READERS:  # neither is ahead of the other for sure
         for one, other in ((near, prune), (prune, near)):
             assert leads("compute", 2 / 3, reader, one, [other])[other] < 0
     methods = ("illava bipartite", "illava middle", "illava near")
