@@ -100,7 +100,8 @@ def check_proportional(seams: Seams) -> None:
     if seams.block_observed is not None:
         raise PlanError(
             f"proportional=True: the blocks of {type(seams.tower).__name__} compute their attention by "
-            "themselves, and cannot be told how many tokens one stands for; leave proportional out"
+            "themselves, and cannot be told how many tokens one stands for; leave proportional out, or give "
+            "proportional=False"
         )
 
 

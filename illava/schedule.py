@@ -215,8 +215,12 @@ def resolve(
                 f"{stage}_layers={layers}: this model has {depth} {stage} layers, counted from 0, so "
                 f"{beyond} are out of range; choose layers up to {depth - 1}"
             )
-        ends = {OUTPUT: depth, INPUT: -1}
-        settled.append(tuple(sorted(x if isinstance(x, int) else ends[x] for x in layers)))
+        settled.append(tuple(sorted({_layer_at(x, depth) for x in layers})))
+        if len(settled[-1]) < len(layers) and plan.budget != "reduction":
+            raise PlanError(
+                f"{stage}_layers={layers}: of this model's {depth} {stage} layers these are only "
+                f"{settled[-1]}, and {key} is said of each; give layers that differ"
+            )
     _check_ends(plan, settled[0], settled[1], vit_depth)
     scored_at = {}
     for layer in settled[1] if plan.merge != "bipartite" else ():
@@ -235,9 +239,15 @@ def resolve(
     return ModelPlan(plan, settled[0], settled[1], vit_depth, llm_depth, merge_size, scored_at)
 
 
-def scale_layers(layers: Sequence[int], of_depth: int, depth: int) -> tuple[int, ...]:
+def scale_layers(layers: Sequence[float], of_depth: int, depth: int) -> tuple[int, ...]:
     """The same relative places in a model of another depth, e.g. the paper's 2, 8, 14 of 28."""
     return tuple(sorted({min(depth - 1, round(layer * depth / of_depth)) for layer in layers}))
+
+
+def _layer_at(place: int | float | str, depth: int) -> int:
+    if isinstance(place, str):
+        return {OUTPUT: depth, INPUT: -1}[place]
+    return place if isinstance(place, int) else scale_layers([place], 1, depth)[0]
 
 
 def nearest_layers(layers: Sequence[int], among: Collection[int]) -> tuple[int, ...]:

@@ -339,6 +339,7 @@ def test_options_say_a_plan(tmp_path):
     assert plan_of(0.5, "7, 15", "none", 0.3) == illava.Plan((7, 15), (), 0.5, 0.3)
     assert plan_of(None, "output", None, None) == illava.Plan(("output",))
     assert plan_of(None, "5-9-13", None, None) == illava.Plan((5, 9, 13))
+    assert plan_of(None, "0.25, 3", "0.5", None) == illava.Plan((0.25, 3), (0.5,))
     assert list(plans_of(None, None, None, None, None)) == ["0 %", "66.7 %", "77.8 %", "88.9 %"]
     file = tmp_path / "plan.json"
     file.write_text(illava.Plan.paper(0.889).to_json())

@@ -26,6 +26,7 @@ from illava.harness.arguments import plan_for, plan_from_arguments
             Plan((5, 9, 13), (2, 8, 14), 0.778),
         ),
         ({"vit_layers": 3, "llm_layers": "none"}, Plan((3,), ())),
+        ({"vit_layers": "0.25-0.5", "llm_layers": 0.25}, Plan((0.25, 0.5), (0.25,))),
         ({"vit_layers": "output", "llm_layers": None}, Plan(("output",))),
         ({"llm_layers": "2", "llm_shares": 0.25, "vit_layers": ()}, Plan((), (2,), llm_shares=(0.25,))),
         (
@@ -35,6 +36,7 @@ from illava.harness.arguments import plan_for, plan_from_arguments
         ({"plan": "paper", "reduction": 0.889}, Plan.paper(0.889)),
         ({"plan": "paper", "llm_layers": "4"}, Plan.paper(llm_layers=(4,))),
         ({"plan": "release"}, Plan.release()),
+        ({"plan": "bipartite", "reduction": 0.9}, Plan.bipartite(0.9)),
     ],
 )
 def test_a_plan_from_arguments(arguments, plan):

@@ -17,6 +17,7 @@ from illava.checks import check_proportional
 from illava.families import family_of
 from illava.families.seams import Observed
 from illava.vision_scores import weigh
+from rivals.common import seams_of
 from zoo.common import Image
 
 
@@ -280,6 +281,24 @@ def test_shares_are_exact(tokens):
     outs = [out for _, _, out in (*done.vit, *done.llm)]
     assert outs == [max(1, round(share * tokens)) for share in (0.9, 0.7, 0.5, 0.111)]
     assert "[0.5, 0.111] in the LLM" in str(handle.plan)
+
+
+@tools.each_family
+def test_the_plan_by_likeness_in_every_family(family):
+    """As many tokens as the schedule says, each row of a batch as alone, and nothing left behind."""
+    model, inputs = tools.build(family), tools.prompt_of(family, "batch")
+    told = seams_of(model).block_observed is None
+    tools.forward(model, inputs, output_hidden_states=True)  # transformers' own hooks come with the first
+    before = tools.trace(model)
+    with illava.patch(model, plan=Plan.bipartite(0.7, proportional=told)) as handle:
+        assert len(handle.plan.vit_layers) > 1
+        out = tools.forward(model, inputs)
+        for picture in handle.report.pictures:
+            assert picture.final_tokens < 0.5 * picture.tokens
+        for number, row in enumerate(zoo.FAMILIES[family].KINDS["batch"]):
+            alone = tools.forward(model, tools.prompt(family, row, seeds=[number])).logits[0, -1]
+            torch.testing.assert_close(out.logits[number, -1], alone, atol=1e-4, rtol=1e-4)
+    assert tools.trace(model) == before
 
 
 # Proportional attention -----------------------------------------------------------------------------

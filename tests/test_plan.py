@@ -59,7 +59,18 @@ def test_the_first_versions_plan_by_hand():
     assert outs(schedule.llm) == [253]
 
 
-@pytest.mark.parametrize("named", [Plan.paper, Plan.release, Plan.first_version])
+def test_the_plan_by_likeness_by_hand():
+    """576 tokens at 87.5 %: of 504 the encoder's five blocks remove 302, the two decoder layers the rest."""
+    plan = settle(Plan.bipartite(0.875))
+    assert (plan.vit_layers, plan.llm_layers) == ((8, 12, 16, 20, 24), (7, 14))
+    said = plan.settings
+    assert (said.merge, said.proportional, said.distance_penalty) == ("bipartite", True, 0.2)
+    schedule = plan.schedule([(1, 48, 48)])[0]
+    assert outs(schedule.vit) == [516, 456, 396, 336, 276]
+    assert outs(schedule.llm) == [174, 72]
+
+
+@pytest.mark.parametrize("named", [Plan.paper, Plan.release, Plan.first_version, Plan.bipartite])
 def test_named_plans_take_changes(named):
     changed = named(members=3, queries="all")
     assert (changed.members, changed.queries) == (3, "all")
@@ -285,9 +296,15 @@ def test_a_wrong_setting_is_named_with_its_value_and_what_to_give(settings, mess
     assert isinstance(caught.value, illava.IllavaError)
 
 
-def test_a_fraction_is_no_layer():
-    with pytest.raises(illava.PlanError, match=r"vit_layers=1\.5"):
-        Plan(vit_layers=1.5)
+@pytest.mark.parametrize("layer", [0.0, 1.5, -0.25, float("nan"), float("inf")])
+def test_a_fraction_out_of_the_depth_is_no_layer(layer):
+    with pytest.raises(illava.PlanError, match="is a share of the depth"):
+        Plan(vit_layers=(layer,))
+
+
+def test_one_fraction_is_no_tuple():
+    with pytest.raises(illava.PlanError, match=r"vit_layers=0\.5 is not a tuple"):
+        Plan(vit_layers=0.5)
 
 
 def test_limits_of_the_ranges_are_allowed():
@@ -328,6 +345,26 @@ def test_a_grid_that_is_not_of_whole_units_is_refused(grid):
 # ---------------------------------------------------------------- the value itself
 
 
+def test_shares_of_the_depth_are_layers_of_each_model():
+    plan = Plan((0.25, 0.375, 0.5, 0.625), (0.25, 0.5))
+    assert settle(plan).vit_layers == (8, 12, 16, 20)
+    assert settle(plan).llm_layers == (7, 14)
+    small = settle(plan, vit_depth=8, llm_depth=8)
+    assert (small.vit_layers, small.llm_layers) == ((2, 3, 4, 5), (2, 4))
+    mixed = settle(Plan(("output", 0.5, 3), ("input", 0.999), merge="bipartite"))
+    assert (mixed.vit_layers, mixed.llm_layers) == ((3, 16, 32), (-1, 27))
+
+
+def test_shares_of_the_depth_that_fall_on_one_layer():
+    """A total is shared by the layers there are; what is said of each layer would be done once too few."""
+    tiny = settle(Plan((0.25, 0.375, 0.5, 0.625), reduction=0.75), vit_depth=2, llm_depth=28)
+    assert tiny.vit_layers == (0, 1)
+    assert tiny.segment(1, 100).final_tokens == 25
+    ratio = Plan((0.25, 0.26), vit_keep_ratio=0.5)
+    with pytest.raises(illava.PlanError, match=r"these are only \(8,\), and vit_keep_ratio is said"):
+        settle(ratio)
+
+
 def test_layers_are_settled_in_ascending_order():
     plan = settle(Plan([9, 5], [14, 2]))
     assert (plan.vit_layers, plan.llm_layers) == ((5, 9), (2, 14))
@@ -335,7 +372,7 @@ def test_layers_are_settled_in_ascending_order():
 
 
 @pytest.mark.parametrize(
-    "plan", [Plan(), Plan.paper(0.889), Plan.release(), Plan.first_version(), Plan((), ())]
+    "plan", [Plan(), Plan.paper(0.889), Plan.release(), Plan.first_version(), Plan.bipartite(), Plan((), ())]
 )
 def test_round_trip_through_json(plan):
     """JSON turns tuples into lists; the plan turns them back."""

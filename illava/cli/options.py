@@ -58,8 +58,8 @@ Reductions = Annotated[
 VitLayers = Annotated[
     str | None,
     typer.Option(
-        help='Encoder blocks that merge, from 0: "7,15"; "none"; "output" for what the last block puts out. '
-        "By default the family's own, see `illava models`.",
+        help='Encoder blocks that merge, from 0: "7,15", or shares of the depth: "0.25,0.5"; "none"; '
+        '"output" for what the last block puts out. By default the family\'s own, see `illava models`.',
         rich_help_panel=_PLAN,
     ),
 ]
@@ -232,8 +232,8 @@ def _layers(option: str, text: str | None, place: str) -> tuple[Any, ...] | None
         part = part.strip()
         if part == place:
             layers.append(place)
-        elif part.isdecimal():
-            layers.append(int(part))
+        elif _is_number(part):
+            layers.append(int(part) if part.isdecimal() else float(part))
         else:
             raise PlanError(f'{option} "{text}": {part!r} is no layer; give for example "2,8,14", or "none"')
     return tuple(layers)

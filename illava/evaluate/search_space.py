@@ -12,9 +12,9 @@ from illava.evaluate.loading import Loaded
 from illava.families import family_of
 from illava.families.seams import Seams
 from illava.flops import count_flops, measure
-from illava.plan import OUTPUT, Plan
+from illava.plan import LLM_BIPARTITE, OUTPUT, VIT_BIPARTITE, Plan
 from illava.report import PictureRecord, Report
-from illava.schedule import nearest_layers
+from illava.schedule import nearest_layers, scale_layers
 
 # Shares of the visual tokens that the encoder alone removes, and that are gone in all, the most first.
 ENCODER_REMOVES = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
@@ -22,8 +22,6 @@ TOTALS = (0.95, 0.889, 0.778, 0.667, 0.5, 0.3)
 # Places of single merges, as shares of the depth.
 _DECODER_PLACES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2)
 _ENCODER_PLACES = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
-# Places that share one removal between them, a little in each.
-_ENCODER_MIDDLE = (1 / 4, 3 / 8, 1 / 2, 5 / 8)
 
 Layers = tuple[Any, ...]
 
@@ -127,7 +125,7 @@ class Space:
 
     @cached_property
     def encoder_layers(self) -> list[Layers]:
-        """Sets of encoder blocks: the default, single ones, neighbours, four in the middle, the output.
+        """Sets of encoder blocks: the default, single ones, neighbours, `Plan.bipartite`'s, the output.
 
         Where blocks attend in windows, single ones and neighbours are of those that attend to the whole
         picture: the others cannot compare tokens of different windows.
@@ -138,19 +136,20 @@ class Space:
             inner = sorted({round(place * depth) for place in _ENCODER_PLACES})
         sets: list[Layers] = [self.seams.vit_default, *((block,) for block in inner)]
         sets += [pair for pair in zip(inner, inner[1:], strict=False)]
-        sets.append(tuple(sorted({round(place * depth) for place in _ENCODER_MIDDLE})))
+        sets.append(scale_layers(VIT_BIPARTITE, 1, depth))
         return list(dict.fromkeys([*sets, (OUTPUT,)]))
 
     @cached_property
     def decoder_layers(self) -> list[Layers]:
-        """Sets of decoder layers: the default, single layers, the default moved up."""
+        """Sets of decoder layers: the default, single ones, the default moved up, `Plan.bipartite`'s."""
         depth = len(self.seams.layers)
         among = self.seams.scoring_layers
         places = nearest_layers([round(place * depth) for place in _DECODER_PLACES], among)
         later = nearest_layers(
             [min(depth - 2, layer + depth // 8) for layer in self.seams.llm_default], among
         )
-        return list(dict.fromkeys([self.seams.llm_default, *((layer,) for layer in places), later]))
+        pair = nearest_layers(scale_layers(LLM_BIPARTITE, 1, depth), among)
+        return list(dict.fromkeys([self.seams.llm_default, *((layer,) for layer in places), later, pair]))
 
     def encoder_only(self) -> list[list[Candidate]]:
         """For each set of blocks and rule, from the strongest to the mildest."""

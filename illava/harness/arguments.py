@@ -15,6 +15,7 @@ _MADE: dict[str, Callable[..., Plan]] = {
     "paper": Plan.paper,
     "release": Plan.release,
     "first_version": Plan.first_version,
+    "bipartite": Plan.bipartite,
 }
 
 
@@ -46,7 +47,7 @@ def plan_from_arguments(arguments: Mapping[str, Any]) -> Plan:
     Args:
         arguments: fields of `illava.Plan`. Layers and shares are numbers joined by `-` (`5-9-13`; `none` for
             none), as is a single number. `plan` names one to start from: `paper`, `release`,
-            `first_version`, or a file that holds `Plan.to_json()`; other fields then change it.
+            `first_version`, `bipartite`, or a file that holds `Plan.to_json()`; other fields then change it.
 
     Raises:
         PlanError: a setting that does not exist, or a value that none can have.
@@ -70,10 +71,14 @@ def plan_from_arguments(arguments: Mapping[str, Any]) -> Plan:
 
 def _value(name: str, value: Any) -> Any:
     if name in ("vit_layers", "llm_layers"):
-        return _list(name, value, int)
+        return _list(name, value, _number)
     if name in ("vit_shares", "llm_shares"):
         return _list(name, value, float)
     return value
+
+
+def _number(text: str) -> int | float:
+    return int(text) if text.isdecimal() else float(text)
 
 
 def _list(name: str, value: Any, kind: Callable[[str], Any]) -> Any:

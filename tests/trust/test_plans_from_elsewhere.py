@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 import illava
 from illava.plan import PLAN_FIELDS, Plan
 
-LAYERS = st.none() | st.lists(st.integers(0, 40), unique=True, max_size=4)
+LAYER = st.integers(0, 40) | st.floats(0, 1, exclude_min=True, exclude_max=True)
+LAYERS = st.none() | st.lists(LAYER, unique=True, max_size=4)
 SHARE = st.floats(0, 1, allow_nan=False)
 OPEN = st.floats(0, 1, exclude_min=True)
 SHARES = st.lists(OPEN, max_size=3).map(lambda x: sorted(x, reverse=True))
