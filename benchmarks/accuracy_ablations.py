@@ -17,9 +17,9 @@ from illava import Plan
 from illava.families.seams import Seams
 from illava.plan import LLM_PAPER, VIT_PAPER
 from illava.schedule import scale_layers
-from rivals import ours
 
 Maker = Callable[[Seams, float], Plan]
+MIDDLE = (0.25, 0.375, 0.5, 0.625)  # of the readers' 8 blocks 2, 3, 4, 5
 
 
 def _default(seams: Seams, reduction: float, **changes: Any) -> Plan:
@@ -31,7 +31,16 @@ def _likeness(seams: Seams, reduction: float, **changes: Any) -> Plan:
 
 
 def _middle(seams: Seams, reduction: float, **changes: Any) -> Plan:
-    return ours.middle(seams, 1 - reduction, **changes)
+    return Plan(MIDDLE, (0.25, 0.5), reduction, 0.5, merge="bipartite", proportional=True, **changes)
+
+
+def _neighbours(seams: Seams, reduction: float, **changes: Any) -> Plan:
+    return Plan.bipartite(reduction, **changes)
+
+
+def _named(vit: tuple[int, ...], llm: tuple[int, ...], share: float) -> str:
+    layers = f"encoder {', '.join(map(str, vit))}, LLM {', '.join(map(str, llm))}"
+    return f"neighbours, {layers}, encoder share {share}"
 
 
 def _paper(seams: Seams, reduction: float, **changes: Any) -> Plan:
@@ -111,7 +120,18 @@ GROUPS: dict[str, dict[str, Maker]] = {
         "bipartite, encoder only": partial(_likeness, llm_layers=(), encoder_share=1.0),
         "bipartite, LLM only": partial(_likeness, vit_layers=(), encoder_share=0.0),
     },
-    "distance": {  # penalties on what are no neighbours, to `illava middle`
+    "likeness": {  # neighbours first: where, of pictures and of videos
+        _named(vit, llm, share): partial(_neighbours, vit_layers=vit, llm_layers=llm, encoder_share=share)
+        for vit, llm, share in (
+            ((1, 2, 3), (1, 2, 4), 0.4),
+            ((3, 4, 5), (1, 2, 3), 0.5),
+            ((2, 3, 4, 5), (1, 2, 4), 0.5),
+            ((2, 3, 4, 5), (2, 4), 0.5),
+            ((2, 3, 4, 5), (2, 4), 0.6),
+            ((2, 3, 4, 5, 6), (2, 4), 0.6),
+        )
+    },
+    "distance": {  # penalties on what are no neighbours, in four blocks in the middle of the encoder
         f"middle, distance penalty {penalty}": partial(_middle, distance_penalty=penalty)
         for penalty in (0.0, 0.1, 0.2, 0.5, 1.0)
     },

@@ -33,6 +33,7 @@ TITLES = {
     "encoder share": "Share of the removed tokens that the encoder removes (figure 6)",
     "layers": "Which layers",
     "bipartite": "Bipartite merging: where, and how much",
+    "likeness": "Bipartite merging, neighbours first: where, of pictures and of videos",
     "distance": "Neighbours before others, or not",
     "recycled": "Recycled tokens, as a share of those kept (P^c)",
     "members": "Tokens merged into each recycled one (M)",

@@ -61,12 +61,14 @@ def main() -> None:
         title="Bound on a prefill's speed-up",
         caption=f"{options.tokens:,} visual tokens, {options.text} of text",
     )
-    for column in ("model", "removed", "default layers", "the paper's layers"):
+    for column in ("model", "removed", "the default", "the paper's layers", "Plan.bipartite()"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name in SHOWN:
         _, bound = bound_of(name)
         for reduction in options.reduction:
-            plans = illava.Plan(reduction=reduction), illava.Plan.paper(reduction)
+            plans = [
+                make(reduction=reduction) for make in (illava.Plan, illava.Plan.paper, illava.Plan.bipartite)
+            ]
             cells = [f"{bound(plan, options.tokens, options.text):.2f}x" for plan in plans]
             table.add_row(MODELS[name].title, f"{reduction:.1%}", *cells)
     Console().print(table)

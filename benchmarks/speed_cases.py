@@ -18,7 +18,7 @@ from speed_inputs import CONTENTS, Shown
 import illava
 from illava.families.seams import Seams
 
-OURS, EARLY = "illava", "illava early"
+OURS, EARLY, BIPARTITE = "illava", "illava early", "illava bipartite"
 SMALLER_PICTURE, SMALLER_MODEL = "smaller picture", "smaller model"
 WINDOWS, WINDOWS_MERGING = "fast windows", "illava, fast windows"
 EARLY_SHARE = 0.8
@@ -46,6 +46,11 @@ RIVALS = {
         f"Plan(vit_layers=first default, llm_layers=first default, encoder_share={EARLY_SHARE}): the same "
         "final tokens, most of them gone after a quarter of the encoder. The documented plan for speed above "
         "accuracy: in Qwen2.5-VL-7B at 88.9 % its bound is 4.4x at 4,096 visual tokens and 4.6x at 16,384.",
+    ),
+    BIPARTITE: Rival(
+        "illava, Plan.bipartite()",
+        "The plan that keeps most answers of the models in docs/accuracy.md: by likeness, so that no "
+        "statistics of attention are needed, in five encoder blocks and two decoder layers.",
     ),
     "encoder only": Rival("llm_layers=()", "Table 4 of the iLLaVA paper: no merge in the language model."),
     "LLM only": Rival("vit_layers=()", "Table 4 of the iLLaVA paper: no merge in the encoder."),
@@ -127,6 +132,8 @@ def plan_of(arm: Arm, seams: Seams) -> illava.Plan:
     if arm.name == EARLY:
         first = {"vit_layers": seams.vit_default[:1], "llm_layers": seams.llm_default[:1]}
         return illava.Plan(**first, reduction=r, encoder_share=EARLY_SHARE)
+    if arm.name == BIPARTITE:
+        return illava.Plan.bipartite(r)
     if arm.name == "encoder only":
         return illava.Plan(llm_layers=(), reduction=r)
     if arm.name == "LLM only":

@@ -50,8 +50,6 @@ RIVALS: dict[str, Rival] = {
         ours.ILLAVA,
         ours.PAPER,
         ours.BIPARTITE,
-        ours.MIDDLE,
-        ours.NEAR,
     )
 }
 ABSENT: dict[str, str] = {"AdaFV": adafv.REASON}
