@@ -23,8 +23,9 @@ The models are the readers of [`checkpoints/`](../checkpoints): small genuine mo
 trained on drawn pictures. What they show is whether a way of dropping tokens keeps what such an architecture
 needs for its answers, not how large a model's scores are. `kept` is the mean over the tasks of accuracy over
 unpatched accuracy, with its 95 % interval (bootstrap over items); `compute` is the area under visual tokens x
-layers, of the unpatched model's. Each method is a short file in
-[`benchmarks/rivals`](../benchmarks/rivals) that names its source.
+layers, of the unpatched model's, reckoned as if a picture or a clip were one piece (tiles and frames lose
+whole tokens, so that what is really computed differs a little; the README says by how much). Each method is a
+short file in [`benchmarks/rivals`](../benchmarks/rivals) that names its source.
 """
 # Titles of the ablations' groups, and the paper's tables they answer to.
 TITLES = {

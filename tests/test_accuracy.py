@@ -13,9 +13,10 @@ from accuracy_measure import Cell, load, measure, pack, prepared, ready, unpack
 from accuracy_page import TITLES, notes, page, readme_block, weak
 from accuracy_show import kept, read
 
+from illava import flops
 from readers import tasks
 from rivals import RIVALS
-from rivals.common import seams_of
+from rivals.common import entering, seams_of
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = 24  # items of each row that are answered again
@@ -237,6 +238,33 @@ def test_the_plan_by_likeness_computes_no_more_than_the_defaults():
     assert len(spent) == 2 * (3 * 5 + 2)
     assert min(spent) > 0.85
     assert max(spent) < 1.001
+
+
+def test_what_the_readme_says_of_tiles(said, readers):
+    """What is really computed of five tiles, beside what is reckoned as if they were one piece."""
+    model, tiles, tokens = readers["internvl"].model, 5, 36
+    seams = seams_of(model)
+    shape = flops.measure(seams)
+    attending = shape.block_attention / (shape.block_attention + shape.block_ffn)
+
+    def computed(method, reduction):
+        cell = Cell("internvl", method, reduction, "compute", "find", "test")
+        made = ready(readers["internvl"], cell, tasks.held_out_item("find", "test", 0), PLANS)
+        plan = RIVALS[method].plan(model, final_ratio=made.final_ratio)
+        done = plan.segment(tiles, tokens)
+        merges = {layer: out for layer, _, out in done.vit}
+        blocks = entering(done.tokens, done.vit, len(seams.blocks))
+        layers = entering(done.encoder_tokens, done.llm, len(seams.layers))
+        after = [merges.get(block, alive) for block, alive in enumerate(blocks)]
+        spent = attending * sum(blocks) + (1 - attending) * sum(after) + sum(layers)
+        return spent / (len(blocks) + len(layers)) / (tiles * tokens)
+
+    ours, prune = (
+        [f"{computed(method, reduction):.2f}" for reduction in PICTURES] for method in (OURS, "DivPrune")
+    )
+    of_ours = f"{ours[0]}, {ours[1]} and {ours[2]} of the unpatched model's"
+    assert f"really computes {of_ours}, DivPrune {prune[0]}, {prune[1]} and {prune[2]}. So its lead" in said
+    assert f"77.8 % is one at {float(ours[1]) - float(prune[1]):.2f} more." in said
 
 
 def test_a_lead_is_of_the_items_that_both_answered():
