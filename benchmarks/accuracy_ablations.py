@@ -15,11 +15,11 @@ from accuracy_selection import best_patch, every_frame_alike
 
 from illava import Plan
 from illava.families.seams import Seams
-from illava.plan import LLM_PAPER, VIT_PAPER
+from illava.plan import LLM_BIPARTITE, LLM_PAPER, VIT_BIPARTITE, VIT_PAPER
 from illava.schedule import scale_layers
 
 Maker = Callable[[Seams, float], Plan]
-MIDDLE = (0.25, 0.375, 0.5, 0.625)  # of the readers' 8 blocks 2, 3, 4, 5
+MIDDLE = VIT_BIPARTITE[:4]  # of the readers' 8 blocks 2, 3, 4, 5
 
 
 def _default(seams: Seams, reduction: float, **changes: Any) -> Plan:
@@ -31,7 +31,7 @@ def _likeness(seams: Seams, reduction: float, **changes: Any) -> Plan:
 
 
 def _middle(seams: Seams, reduction: float, **changes: Any) -> Plan:
-    return Plan(MIDDLE, (0.25, 0.5), reduction, 0.5, merge="bipartite", proportional=True, **changes)
+    return Plan(MIDDLE, LLM_BIPARTITE, reduction, 0.5, merge="bipartite", proportional=True, **changes)
 
 
 def _neighbours(seams: Seams, reduction: float, **changes: Any) -> Plan:

@@ -13,10 +13,9 @@ from accuracy_measure import Cell, load, measure, pack, prepared, ready, unpack
 from accuracy_page import TITLES, notes, page, readme_block, weak
 from accuracy_show import kept, read
 
-from illava import flops
 from readers import tasks
-from rivals import RIVALS
-from rivals.common import entering, seams_of
+from rivals import RIVALS, area
+from rivals.common import seams_of
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = 24  # items of each row that are answered again
@@ -242,22 +241,17 @@ def test_the_plan_by_likeness_computes_no_more_than_the_defaults():
 
 def test_what_the_readme_says_of_tiles(said, readers):
     """What is really computed of five tiles, beside what is reckoned as if they were one piece."""
-    model, tiles, tokens = readers["internvl"].model, 5, 36
-    seams = seams_of(model)
-    shape = flops.measure(seams)
-    attending = shape.block_attention / (shape.block_attention + shape.block_ffn)
+    reader, item = readers["internvl"], tasks.held_out_item("find", "test", 0)
 
     def computed(method, reduction):
-        cell = Cell("internvl", method, reduction, "compute", "find", "test")
-        made = ready(readers["internvl"], cell, tasks.held_out_item("find", "test", 0), PLANS)
-        plan = RIVALS[method].plan(model, final_ratio=made.final_ratio)
-        done = plan.segment(tiles, tokens)
-        merges = {layer: out for layer, _, out in done.vit}
-        blocks = entering(done.tokens, done.vit, len(seams.blocks))
-        layers = entering(done.encoder_tokens, done.llm, len(seams.layers))
-        after = [merges.get(block, alive) for block, alive in enumerate(blocks)]
-        spent = attending * sum(blocks) + (1 - attending) * sum(after) + sum(layers)
-        return spent / (len(blocks) + len(layers)) / (tiles * tokens)
+        made = ready(reader, Cell("internvl", method, reduction, "compute", "find", "test"), item, PLANS)
+        tokens = reader.visual_tokens(item)
+        assert made.area == area(
+            reader.model, RIVALS[method], visual_tokens=tokens, final_ratio=made.final_ratio
+        )
+        return area(
+            reader.model, RIVALS[method], visual_tokens=tokens, final_ratio=made.final_ratio, frames=5
+        )
 
     ours, prune = (
         [f"{computed(method, reduction):.2f}" for reduction in PICTURES] for method in (OURS, "DivPrune")

@@ -285,7 +285,7 @@ def test_shares_are_exact(tokens):
 
 @tools.each_family
 def test_the_plan_by_likeness_in_every_family(family):
-    """As many tokens as the schedule says, each row of a batch as alone, and nothing left behind."""
+    """It merges where the plan says, each row of a batch is as alone, and nothing is left behind."""
     model, inputs = tools.build(family), tools.prompt_of(family, "batch")
     told = seams_of(model).block_observed is None
     tools.forward(model, inputs, output_hidden_states=True)  # transformers' own hooks come with the first
@@ -295,6 +295,8 @@ def test_the_plan_by_likeness_in_every_family(family):
         out = tools.forward(model, inputs)
         for picture in handle.report.pictures:
             assert picture.final_tokens < 0.5 * picture.tokens
+            assert [r.layer for r in picture.layers if r.stage == "vit"] == list(handle.plan.vit_layers)
+            assert [r.layer for r in picture.layers if r.stage == "llm"] == list(handle.plan.llm_layers)
         for number, row in enumerate(zoo.FAMILIES[family].KINDS["batch"]):
             alone = tools.forward(model, tools.prompt(family, row, seeds=[number])).logits[0, -1]
             torch.testing.assert_close(out.logits[number, -1], alone, atol=1e-4, rtol=1e-4)

@@ -66,12 +66,14 @@ class Rival:
             plan = self.plan_of(seams, final_ratio)
         return seams.settle(plan)
 
-    def schedule(self, model: nn.Module, *, visual_tokens: int, final_ratio: float) -> SegmentSchedule:
-        """Tokens in and out of every merging layer, for a picture of `visual_tokens`."""
+    def schedule(
+        self, model: nn.Module, *, visual_tokens: int, final_ratio: float, frames: int = 1
+    ) -> SegmentSchedule:
+        """Tokens in and out of every merging layer, for a picture of `visual_tokens` in `frames` or tiles."""
         tokens = visual_tokens
         if self.resize is not None:
             tokens = max(1, round(final_ratio * visual_tokens))
-        return self.plan(model, final_ratio=final_ratio).segment(1, tokens)
+        return self.plan(model, final_ratio=final_ratio).segment(frames, tokens // frames)
 
     def token_counts(
         self, model: nn.Module, *, visual_tokens: int, final_ratio: float

@@ -32,12 +32,17 @@ class Match:
     reason: str = ""
 
 
-def area(model: nn.Module, rival: Rival, *, visual_tokens: int, final_ratio: float) -> float:
-    """Compute for a picture's visual tokens, as a share of what the unpatched model spends on them."""
+def area(model: nn.Module, rival: Rival, *, visual_tokens: int, final_ratio: float, frames: int = 1) -> float:
+    """Compute for a picture's visual tokens, as a share of what the unpatched model spends on them.
+
+    Args:
+        visual_tokens: of all frames or tiles.
+        frames: frames or tiles that the encoder reads one by one; each loses whole tokens.
+    """
     seams = seams_of(model)
     shape = measure(seams)
     attending = shape.block_attention / (shape.block_attention + shape.block_ffn)
-    done = rival.schedule(model, visual_tokens=visual_tokens, final_ratio=final_ratio)
+    done = rival.schedule(model, visual_tokens=visual_tokens, final_ratio=final_ratio, frames=frames)
     depth = len(seams.blocks)
     merges = {layer: out for layer, _, out in done.vit}
     spent = 0.0
