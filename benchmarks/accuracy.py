@@ -65,7 +65,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def methods(names: list[str]) -> list[str]:
     """The methods that names and groups stand for, unpatched first."""
-    groups = {"rivals": list(RIVALS), "ablations": ["illava", "illava paper", *PLANS]}
+    groups = {"rivals": list(RIVALS), "ablations": ["illava", "illava recycle", "illava paper", *PLANS]}
     groups |= {group: list(plans) for group, plans in GROUPS.items()}
     chosen = ["unpatched"]
     for name in names:

@@ -71,6 +71,18 @@ class Reader:
         count = int(sum((inputs["input_ids"] == i).sum() for i in ids if i is not None))
         return count // max(1, len(item.pictures))
 
+    @torch.inference_mode()
+    def layout(self, item: Item) -> dict[str, int]:
+        """Frames or tiles of an item's first picture, and its visual tokens, as `rivals.area` takes them.
+
+        As the model is really handed them: to InternVL a video is one picture a frame.
+        """
+        inputs = self.composer.prompts([item], ["?"]).to(self.model.device)
+        with illava.patch(self.model, reduction=0.5) as handle:
+            self.model(**inputs)
+            first = handle.report.pictures[0]
+        return {"visual_tokens": first.tokens, "frames": first.frames}
+
 
 def load(folder: Path, device: torch.device) -> Reader:
     """The reader of a checkpoint folder, in float32 on a CPU and in bfloat16 elsewhere."""
@@ -100,28 +112,30 @@ class Method:
 
 def ready(reader: Reader, cell: Cell, item: Item, plans: dict[str, Callable[..., Plan]]) -> Method | str:
     """The cell's method at its strength, or why it has none."""
-    tokens = reader.visual_tokens(item)
+    layout = reader.layout(item)
     rival = RIVALS.get(cell.method) or Rival(
         cell.method, "", "both", plan_of=lambda seams, ratio: plans[cell.method](seams, 1 - ratio)
     )
     final_ratio = 1 - cell.reduction
     if cell.budget == "compute" and rival.stages != "none":
-        target = area(reader.model, RIVALS["illava"], visual_tokens=tokens, final_ratio=final_ratio)
-        match = match_compute(reader.model, rival, visual_tokens=tokens, target=target)
+        # Of one piece, so that whole tokens of small tiles and frames do not move what all are held to.
+        whole = reader.visual_tokens(item)
+        target = area(reader.model, RIVALS["illava recycle"], visual_tokens=whole, final_ratio=final_ratio)
+        match = match_compute(reader.model, rival, target=target, **layout)
         if match.final_ratio is None:
             return match.reason
         final_ratio = match.final_ratio
-    if cell.method in ("illava", "unpatched") or cell.budget == "tokens":
+    if cell.method == "unpatched" or cell.budget == "tokens":
         final_ratio = 1.0 if cell.method == "unpatched" else 1 - cell.reduction
     made = Method(
         patch=lambda: rival.patch(reader.model, final_ratio=final_ratio),
         prepare=lambda x: rival.prepare([x], final_ratio=final_ratio, unit=UNIT_PX)[0],
         final_ratio=final_ratio,
-        area=area(reader.model, rival, visual_tokens=tokens, final_ratio=final_ratio),
+        area=area(reader.model, rival, final_ratio=final_ratio, **layout),
     )
     if rival.resize is None:
         return made
-    shown = reader.visual_tokens(prepared(item, made)) / tokens
+    shown = reader.visual_tokens(prepared(item, made)) / reader.visual_tokens(item)
     if shown > NEAR * final_ratio:
         return f"its picture still has {shown:.0%} of the tokens, as whole tiles do; asked {final_ratio:.1%}"
     return replace(made, final_ratio=shown, area=shown)

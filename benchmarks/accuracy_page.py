@@ -12,7 +12,7 @@ from readers.card import WEAK_BELOW
 BEGIN, END = "<!-- accuracy tables -->", "<!-- end of accuracy tables -->"
 SHOWN = ("0.8889", "0.9500")  # of pictures and of video
 MISSING = "A method that is missing from a table cannot compute so little: [why](docs/accuracy.md)."
-BESIDE = ("illava", "illava paper", "illava bipartite")  # stand in each ablation's table, where measured
+BESIDE = ("illava", "illava recycle", "illava paper")  # stand in each ablation's table, where measured
 INTRO = """\
 # Do answers stay the same
 
@@ -23,8 +23,8 @@ The models are the readers of [`checkpoints/`](../checkpoints): small genuine mo
 trained on drawn pictures. What they show is whether a way of dropping tokens keeps what such an architecture
 needs for its answers, not how large a model's scores are. `kept` is the mean over the tasks of accuracy over
 unpatched accuracy, with its 95 % interval (bootstrap over items); `compute` is the area under visual tokens x
-layers, of the unpatched model's, reckoned as if a picture or a clip were one piece (tiles and frames lose
-whole tokens, so that what is really computed differs a little; the README says by how much). Each method is a
+layers, of the unpatched model's, each tile and frame losing whole tokens. "The same compute" is what the
+paper's rule (`illava recycle`) spends on as many tokens in one piece; no method passes it. Each method is a
 short file in [`benchmarks/rivals`](../benchmarks/rivals) that names its source.
 """
 # Titles of the ablations' groups, and the paper's tables they answer to.

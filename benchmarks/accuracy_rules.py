@@ -121,7 +121,7 @@ def keeping(own: float, recycled: float = 0.05, members: int = 5) -> dict[str, A
 
 
 def in_encoder(settings: dict[str, Any]) -> dict[str, Any]:
-    """A pair of functions in the encoder alone, and in the language model what is the default there."""
+    """A pair of functions in the encoder alone, and in the language model the paper's rule."""
     default = keeping(0.0)["merge"]
 
     def score(c: Candidates) -> Tensor:

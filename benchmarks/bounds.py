@@ -61,14 +61,13 @@ def main() -> None:
         title="Bound on a prefill's speed-up",
         caption=f"{options.tokens:,} visual tokens, {options.text} of text",
     )
-    for column in ("model", "removed", "the default", "the paper's layers", "Plan.bipartite()"):
+    for column in ("model", "removed", "the default", 'merge="recycle"', "Plan.paper()"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name in SHOWN:
         _, bound = bound_of(name)
         for reduction in options.reduction:
-            plans = [
-                make(reduction=reduction) for make in (illava.Plan, illava.Plan.paper, illava.Plan.bipartite)
-            ]
+            ranked = illava.Plan(reduction=reduction, merge="recycle")
+            plans = [illava.Plan(reduction=reduction), ranked, illava.Plan.paper(reduction)]
             cells = [f"{bound(plan, options.tokens, options.text):.2f}x" for plan in plans]
             table.add_row(MODELS[name].title, f"{reduction:.1%}", *cells)
     Console().print(table)

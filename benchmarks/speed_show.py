@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.table import Table
-from speed_cases import OURS, RIVALS, SMALLER_MODEL
+from speed_cases import EARLY, OURS, RECYCLE, RIVALS, SMALLER_MODEL
 from speed_models import MODELS
 from speed_rows import OK
 
@@ -166,18 +166,29 @@ def _pick(rows: Sequence[Row], figure: str, **wanted: str) -> list[Row]:
     return [r for r in rows if r["figure"] == figure and all(r[k] == v for k, v in wanted.items())]
 
 
+def _both(say: Callable[[str], str]) -> str:
+    """What is said of the default and of the paper's rule, which needs statistics of attention besides."""
+    return ", ".join(f"{said} ({arm})" for arm in (OURS, RECYCLE) if (said := say(arm)))
+
+
 def _share_of_bound(rows: Sequence[Row], least: int, most: int) -> str:
-    found = [
-        r for r in _pick(rows, "ttft_ms", model="qwen2.5-vl-7b", arm=OURS, dtype="bfloat16")
-        if r["content"] == "picture" and r["attn"].startswith("flash")
-        and r["share_of_bound"] and float(r["reduction"]) > 0 and least <= int(r["tokens"]) <= most
-    ]  # fmt: skip
-    return f"{min(float(r['share_of_bound']) for r in found):.2f} at least" if found else ""
+    def say(arm: str) -> str:
+        found = [
+            r for r in _pick(rows, "ttft_ms", model="qwen2.5-vl-7b", arm=arm, dtype="bfloat16")
+            if r["content"] == "picture" and r["attn"].startswith("flash")
+            and r["share_of_bound"] and float(r["reduction"]) > 0 and least <= int(r["tokens"]) <= most
+        ]  # fmt: skip
+        return f"{min(float(r['share_of_bound']) for r in found):.2f} at least" if found else ""
+
+    return _both(say)
 
 
 def _own_share(rows: Sequence[Row]) -> str:
-    found = _pick(rows, "own_share", model="qwen2.5-vl-7b", arm=OURS)
-    return f"{max(float(r['value']) for r in found):.1%} at most" if found else ""
+    def say(arm: str) -> str:
+        found = _pick(rows, "own_share", model="qwen2.5-vl-7b", arm=arm)
+        return f"{max(float(r['value']) for r in found):.1%} at most" if found else ""
+
+    return _both(say)
 
 
 def _nothing(rows: Sequence[Row]) -> str:
@@ -192,7 +203,7 @@ def _peak(rows: Sequence[Row]) -> str:
 
 def _first_token(rows: Sequence[Row]) -> str:
     parts = []
-    for arm in (OURS, "illava early"):
+    for arm in (OURS, RECYCLE, EARLY):
         found = _pick(rows, "ttft_ms", model="qwen2.5-vl-7b", arm=arm, reduction="0.889",
                       asked_tokens="16384", content="picture", batch="1")  # fmt: skip
         parts += [f"{r['ratio']}x ({arm}, {r['attn']})" for r in found if r["ratio"]]

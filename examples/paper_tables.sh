@@ -26,10 +26,10 @@ MINICPM=${MINICPM:-MiniCPM-V-2_6}
 here=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHONPATH="$here/benchmarks${PYTHONPATH:+:$PYTHONPATH}" # the rivals
 
-# The paper's settings (section 4.1): 40 % of the removed tokens in encoder blocks 5, 9, 13, the others in
-# decoder layers 2, 8, 14. PLAN= (empty) takes illava's own defaults instead, in tables 1 and 2; table 3 says why
+# The paper's settings (section 4.1): its rule, 40 % of the removed tokens in encoder blocks 5, 9, 13, the others
+# in decoder layers 2, 8, 14. PLAN= (empty) takes illava's own defaults instead, in tables 1 and 2; table 3 says why
 # it takes those in any case.
-PLAN=${PLAN-,vit_layers=5-9-13,llm_layers=2-8-14,encoder_share=0.4}
+PLAN=${PLAN-,vit_layers=5-9-13,llm_layers=2-8-14,encoder_share=0.4,merge=recycle}
 RIVALS="fastervlm pyramiddrop sparsevlm visionzip"
 
 do_it() {
@@ -92,14 +92,14 @@ table2() { # videos, Qwen2.5-VL 7B
 }
 
 table3() { # other models, 77.8 % removed; their depths differ, so layers are illava's scaled ones
-  local tasks=mmmu_val,mmbench_en_dev,mmstar,realworldqa PLAN=,encoder_share=0.4 name rival
+  local tasks=mmmu_val,mmbench_en_dev,mmstar,realworldqa PLAN=,merge=recycle name rival
   for name in LLAVA INTERNVL; do
     lmms "table3/$name/vanilla" "${!name}" "$tasks" reduction=0
     rows "table3/$name" "${!name}" "$tasks" 0.778
   done
   local data="MMMU_DEV_VAL MMBench_DEV_EN MMStar RealWorldQA"
   vlmeval table3/MINICPM/vanilla "$data" "$MINICPM" pass
-  vlmeval table3/MINICPM/illava_0.778 "$data" m "v.register_patched('m', '$MINICPM', reduction=0.778)"
+  vlmeval table3/MINICPM/illava_0.778 "$data" m "v.register_patched('m', '$MINICPM', reduction=0.778, merge='recycle')"
   for rival in $RIVALS; do
     vlmeval "table3/MINICPM/${rival}_0.778" "$data" m \
       "v.register_patched('m', '$MINICPM', plan='rivals.at_harness:$rival', reduction=0.778)"

@@ -38,11 +38,11 @@ def photograph() -> tasks.Item:
     return tasks.Item((np.asarray(picture),), None, (tasks.Question("", "what is written ?", ""),))
 
 
-def draw(model, composer: batches.Composer, item: tasks.Item, file: Path, reduction: float, **how) -> str:
+def draw(model, composer: batches.Composer, item: tasks.Item, file: Path, plan: illava.Plan, **how) -> str:
     """Ask an item's question with tracing on and draw what became of its pictures; returns the answer."""
     question = item.questions[0].text
     inputs = composer.prompt(item, question).to(model.device)
-    with illava.patch(model, reduction=reduction, trace=True) as handle:
+    with illava.patch(model, plan=plan, trace=True) as handle:
         ids = model.generate(**inputs, do_sample=False, max_new_tokens=8)
     answer = composer.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     title = f"{question[0].upper()}{question[1:-2]}?   {answer.strip()}" if item.questions[0].task else None
@@ -67,15 +67,16 @@ def main() -> None:
     composer = batches.Composer(model, AutoProcessor.from_pretrained(options.reader))
     held_out = tasks.held_out_item
     pictures = {
-        "see.jpg": (held_out("find", "test", 1), {"merges": (0, 1, 4)}),
-        "see_importance.jpg": (held_out("find", "test", 1), {"importance": True}),
-        "see_several.jpg": (held_out("several", "test", 0, pictures=3), {"merges": (1, 4)}),
-        "see_video.jpg": (held_out("video", "test", 2), {"merges": (1, 4), "frames": 4}),
-        "see_photograph.jpg": (photograph(), {"merges": (1, 4)}),
+        "see.jpg": (held_out("find", "test", 1), {"merges": (0, 4, 6)}),
+        "see_importance.jpg": (held_out("find", "test", 1), {"merge": "recycle", "importance": True}),
+        "see_several.jpg": (held_out("several", "test", 0, pictures=3), {"merges": (4, 6)}),
+        "see_video.jpg": (held_out("video", "test", 2), {"merges": (4, 6), "frames": 4}),
+        "see_photograph.jpg": (photograph(), {"merges": (4, 6)}),
     }
     with torch.inference_mode():
         for name, (item, how) in pictures.items():
-            answer = draw(model, composer, item, options.out / name, options.reduction, **how)
+            plan = illava.Plan(reduction=options.reduction, merge=how.pop("merge", "bipartite"))
+            answer = draw(model, composer, item, options.out / name, plan, **how)
             print(f"{options.out / name}: {item.questions[0].text} {answer}")
 
 

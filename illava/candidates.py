@@ -23,6 +23,7 @@ from illava import bipartite, merge
 from illava.attention import streaming
 from illava.errors import PlanError
 from illava.rotary import unrotate
+from illava.schedule import ModelPlan
 from illava.transfer import on
 
 
@@ -176,22 +177,21 @@ Score = Callable[[Candidates], Tensor]
 Rule = Callable[[Candidates, Tensor], Tensor]
 
 
-def decide(candidates: Candidates, settings: Any) -> merge.Merge:
-    """Select and group as a plan's settings say, by name or by function.
+def decide(candidates: Candidates, plan: ModelPlan) -> merge.Merge:
+    """Select and group as a plan says, by name or by function.
 
     Raises:
         PlanError: a function returned something of another shape.
     """
-    c, rule = candidates, settings.merge
-    if c.stage == "vit" and settings.vit_merge is not None:
-        rule = settings.vit_merge
+    c, settings = candidates, plan.settings
+    rule = settings.vit_rule if c.stage == "vit" else settings.merge
     if rule == "bipartite":
         grid = None
-        if settings.distance_penalty:
+        if plan.distance_penalty:
             grid = c._by_unit(c._place, "grid of places").to(c.features.device)
         return bipartite.join(
             c.features, c.sizes, c.index, c.counts, c.keep_counts,
-            distance_penalty=settings.distance_penalty, grid=grid,
+            distance_penalty=plan.distance_penalty, grid=grid,
         )  # fmt: skip
     importance = ranked(c, settings.score) if callable(settings.score) else c.attention
     return merge.select(

@@ -61,7 +61,8 @@ class LanguageCall:
         prompt: int | None = None,
         traced: bool = False,
     ) -> None:
-        self.settings, self.implementation, self.plan_id = plan.settings, implementation, plan_id
+        self.plan, self.settings = plan, plan.settings
+        self.implementation, self.plan_id = implementation, plan_id
         self.scored_at = plan.scored_at
         self.wanted = wanted
         self.trace: LanguageTrace | None = None
@@ -167,7 +168,7 @@ class LanguageCall:
             q, k, scale,
             k_positions=positions.to(q.device),
             asking_end=self.asking_end,
-            score=name_of(self.settings.score),
+            score=name_of(self.settings.score or "attention"),
             queries=self.settings.queries,
             text=self._text.to(q.device),
             text_width=self._text_width,
@@ -202,7 +203,7 @@ class LanguageCall:
             ),
             inputs=lambda: sequence.take_rows(given.detach().to(device), stage.entry),
         )  # fmt: skip
-        return decide(candidates, self.settings)
+        return decide(candidates, self.plan)
 
     def _slots_of(self, segments: Sequence[int]) -> Tensor:
         """`[B, n]` bool: the slots of these segments."""

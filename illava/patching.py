@@ -62,10 +62,10 @@ def patch(
         trace: write down where every token came from, for `handle.report.provenance` and
             `illava.visualize`. A traced call waits for the device at every merge.
         **settings: the fields of `illava.Plan`, instead of `plan`: `vit_layers`, `llm_layers`,
-            `reduction` (2/3), `encoder_share` (0.4), `recycled` (0.05), `members` (5), `score`,
-            `merge`, `vit_merge`, `queries`, `window_score`, `proportional`, `distance_penalty`, and the
-            other three budgets `vit_keep_ratio` with `llm_keep_ratio`, `vit_tokens_removed` with
-            `llm_tokens_removed`, `vit_shares` with `llm_shares`.
+            `reduction` (2/3), `encoder_share`, `merge` (`"bipartite"`; the paper's rule is `"recycle"`),
+            `vit_merge`, `proportional`, `distance_penalty`, `score`, `queries`, `window_score`, `recycled`
+            (0.05), `members` (5), and the other three budgets `vit_keep_ratio` with `llm_keep_ratio`,
+            `vit_tokens_removed` with `llm_tokens_removed`, `vit_shares` with `llm_shares`.
 
     Returns:
         A handle with `.plan`, `.report` and `.remove()`, usable in `with`.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
 from illava.errors import PlanError
+from illava.plan_values import check_count, check_range, layer_tuple, share_tuple
 
 DEFAULT_REDUCTION = 2 / 3
 # Where a function may stand in place of a name, and what of.
@@ -19,16 +20,20 @@ _FUNCTIONS = {
 # The paper's merging layers and the depth they are of (section 4.1, Qwen2.5-VL-7B).
 VIT_PAPER = (5, 9, 13), 32
 LLM_PAPER = (2, 8, 14), 28
-# Where `Plan.bipartite()` merges, as shares of the depth.
+# Where tokens merge by likeness unless layers are named, as shares of the depth; chosen on the validation
+# split of docs/accuracy.md, as are the shares and the penalty below.
 VIT_BIPARTITE = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
 LLM_BIPARTITE = (1 / 4, 1 / 2)
+# Share of the removed tokens that the encoder removes, where it merges by likeness and by attention (paper).
+BIPARTITE_SHARE, PAPER_SHARE = 0.6, 0.4
+BIPARTITE_DISTANCE_PENALTY = 0.2
 
 # Places for merging that are no layers: behind the encoder's last block, before the first decoder layer.
 OUTPUT, INPUT = "output", "input"
 
 _CHOICES = {
-    "score": ("attention", "lse"),
-    "merge": ("recycle", "prune", "linear", "bipartite"),
+    "score": (None, "attention", "lse"),
+    "merge": ("bipartite", "recycle", "prune", "linear"),
     "vit_merge": (None, "bipartite", "recycle", "prune", "linear"),
     "queries": ("text", "all", "visual", "last"),
     "window_score": ("window", "picture"),
@@ -39,15 +44,21 @@ _CHOICES = {
 class Plan:
     """What is asked for. A budget is said in one of four ways, never in two at once.
 
+    `merge` decides what `None` stands for elsewhere; so `Plan(merge="recycle")` is the paper's rule at the
+    layers and share that suit it.
+
     Attributes:
         vit_layers: encoder blocks that merge, counted from 0; a number between 0 and 1 is a place, the
-            block at that share of the encoder's depth. `None` for the family's default, `()` for none.
-            `"output"` merges what the last block puts out, ranked by its attention.
-        llm_layers: decoder layers that merge, likewise. `"input"` merges before the first layer, where
-            nothing has attended yet: with a function as `score`, or with `merge="bipartite"`.
+            block at that share of the encoder's depth. `()` for none. `"output"` merges what the last
+            block puts out. `None` for the rule's own: five blocks from a quarter to three quarters of the
+            depth by likeness, by attention the family's (`illava models`).
+        llm_layers: decoder layers that merge, likewise: at a quarter and half of the depth by likeness.
+            `"input"` merges before the first layer, where nothing has attended yet: by likeness, or with a
+            function as `score`.
         reduction: share of the visual tokens gone after the last merge, in [0, 1); the first way.
             `None` means 2/3 unless another budget is given. Paper: 0.667, 0.778, 0.889.
-        encoder_share: share of the removed tokens that the encoder removes, in [0, 1]. Paper: 0.4.
+        encoder_share: share of the removed tokens that the encoder removes, in [0, 1]. `None` for 0.6 where
+            it merges by likeness, else for the paper's 0.4.
         vit_keep_ratio, llm_keep_ratio: share each merging layer keeps, in (0, 1]; the second way
             (the paper's release).
         vit_tokens_removed, llm_tokens_removed: tokens each merging layer removes from each frame or
@@ -56,12 +67,13 @@ class Plan:
             the lowest up, in (0, 1] and never rising; the fourth way, and the exact one.
         recycled: share of the kept tokens that take in dropped ones, in (0, 1].
         members: size of such a group, the recycled token included (paper: M = 5).
-        score: `"attention"` received (paper, eq. 3), or `"lse"`, the query statistic that the
-            paper's release reads, or a function of `illava.Candidates`.
-        merge: `"recycle"` (paper, section 3.2.2), `"prune"`, `"linear"` (first version), or `"bipartite"`,
-            which makes one of tokens whose features are most alike (ToMe's bipartite soft matching,
-            arXiv 2210.09461, section 3; each stage begins with tokens that weigh one) whatever their
-            `score`; or a function of `illava.Candidates` and of the places of those kept.
+        score: how tokens are ranked, by every rule but `"bipartite"`: `"attention"` received (paper, eq. 3;
+            what `None` stands for), or `"lse"`, the query statistic that the paper's release reads, or a
+            function of `illava.Candidates`.
+        merge: `"bipartite"`, which makes one of tokens whose features are most alike (ToMe's bipartite soft
+            matching, arXiv 2210.09461, section 3; each stage begins with tokens that weigh one), or a rule
+            by attention: `"recycle"` (paper, section 3.2.2), `"prune"`, `"linear"` (first version), or a
+            function of `illava.Candidates` and of the places of those kept. docs/accuracy.md compares them.
         vit_merge: the encoder's rule, where it is another of these than `merge`.
         queries: whose attention counts in the language model: the later `"text"`, `"all"`,
             `"visual"` tokens, or the `"last"` token. With `"text"`, a picture after which no text
@@ -70,21 +82,21 @@ class Plan:
             within their `"window"`, or by what they would receive in the whole `"picture"`.
         proportional: let encoder tokens that stand for several attract as much attention as these would
             (ToMe, arXiv 2210.09461, eq. 1), in merging blocks, where the rule is a function or
-            `"bipartite"`.
+            `"bipartite"`. `None`: where the encoder merges by likeness and can be told so.
         distance_penalty: where the rule is `"bipartite"`, how much less alike (in cosine) two tokens count
-            that are no neighbours on their picture's grid, in [0, 2]. A token's neighbours are the eight
-            around it, and those at its place of the frame or tile before and after; in a language model
-            whose family packs visual tokens otherwise, those next to it. At 0 what is alike merges wherever
-            it is, at 2 neighbours merge before all others.
+            that are no neighbours on their picture's grid, in [0, 2]; `None` for 0.2. A token's neighbours
+            are the eight around it, and those at its place of the frame or tile before and after; in a
+            language model whose family packs visual tokens otherwise, those next to it. At 0 what is alike
+            merges wherever it is, at 2 neighbours merge before all others.
 
     Raises:
-        PlanError: a value out of range, or two budgets at once.
+        PlanError: a value out of range, two budgets at once, or what the rule does not read.
     """
 
     vit_layers: tuple[int | float | Literal["output"], ...] | None = None
     llm_layers: tuple[int | float | Literal["input"], ...] | None = None
     reduction: float | None = None
-    encoder_share: float = 0.4
+    encoder_share: float | None = None
     vit_keep_ratio: float | None = None
     llm_keep_ratio: float | None = None
     vit_tokens_removed: int | None = None
@@ -93,37 +105,37 @@ class Plan:
     llm_shares: tuple[float, ...] | None = None
     recycled: float = 0.05
     members: int = 5
-    score: Literal["attention", "lse"] | Callable[..., Any] = "attention"
-    merge: Literal["recycle", "prune", "linear", "bipartite"] | Callable[..., Any] = "recycle"
+    score: Literal["attention", "lse"] | Callable[..., Any] | None = None
+    merge: Literal["bipartite", "recycle", "prune", "linear"] | Callable[..., Any] = "bipartite"
     vit_merge: Literal["bipartite", "recycle", "prune", "linear"] | None = None
     queries: Literal["text", "all", "visual", "last"] = "text"
     window_score: Literal["window", "picture"] = "window"
-    proportional: bool = False
-    distance_penalty: float = 0.0
+    proportional: bool | None = None
+    distance_penalty: float | None = None
 
     def __post_init__(self) -> None:
         for stage, place in (("vit", OUTPUT), ("llm", INPUT)):
-            layers = _layer_tuple(f"{stage}_layers", getattr(self, f"{stage}_layers"), place)
+            layers = layer_tuple(f"{stage}_layers", getattr(self, f"{stage}_layers"), place)
             object.__setattr__(self, f"{stage}_layers", layers)
-            shares = _share_tuple(f"{stage}_shares", getattr(self, f"{stage}_shares"), layers)
+            shares = share_tuple(f"{stage}_shares", getattr(self, f"{stage}_shares"), layers)
             object.__setattr__(self, f"{stage}_shares", shares)
-        _check_range("reduction", self.reduction, 0, 1, upper_open=True, hint="for example 0.667")
-        for name in ("encoder_share", "recycled", "members", "distance_penalty"):
+        check_range("reduction", self.reduction, 0, 1, upper_open=True, hint="for example 0.667")
+        for name in ("recycled", "members"):
             if getattr(self, name) is None:
                 raise PlanError(f"{name}=None says nothing; leave it out for the default")
-        _check_range("encoder_share", self.encoder_share, 0, 1)
+        check_range("encoder_share", self.encoder_share, 0, 1)
         for name in ("vit_keep_ratio", "llm_keep_ratio"):
-            _check_range(
+            check_range(
                 name, getattr(self, name), 0, 1, lower_open=True,
                 hint="a layer that keeps nothing would leave a picture without a token",
             )  # fmt: skip
         for name in ("vit_tokens_removed", "llm_tokens_removed"):
-            _check_count(name, getattr(self, name), minimum=0)
-        if not isinstance(self.proportional, bool):
+            check_count(name, getattr(self, name), minimum=0)
+        if self.proportional is not None and not isinstance(self.proportional, bool):
             raise PlanError(f"proportional={self.proportional!r} is neither True nor False; give one of them")
-        _check_range("recycled", self.recycled, 0, 1, lower_open=True)
-        self._check_distance_penalty()
-        _check_count("members", self.members, minimum=1)
+        check_range("recycled", self.recycled, 0, 1, lower_open=True)
+        check_range("distance_penalty", self.distance_penalty, 0, 2, hint="a cosine ends at 1 and -1")
+        check_count("members", self.members, minimum=1)
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices and not (name in _FUNCTIONS and callable(value)):
@@ -138,24 +150,36 @@ class Plan:
                 f"two budgets at once: {', '.join(f'{k}={getattr(self, k)!r}' for k in given)}; "
                 f"give only {' or only '.join(said)}"
             )
+        self._check_read()
 
-    def _check_distance_penalty(self) -> None:
-        _check_range("distance_penalty", self.distance_penalty, 0, 2, hint="a cosine ends at 1 and -1")
-        if self.distance_penalty and "bipartite" not in (self.merge, self.vit_merge):
+    def _check_read(self) -> None:
+        """Whether a rule reads what is said: by likeness nothing is ranked, by attention nothing compared."""
+        rules = {self.merge, self.vit_rule}
+        if self.distance_penalty and "bipartite" not in rules:
             raise PlanError(
                 f"distance_penalty={self.distance_penalty} is of tokens merged by likeness, and "
                 f'merge={self.merge!r} does not do so; give merge="bipartite" or vit_merge="bipartite", too'
+            )
+        said = [name for name in _OF_RANKING if getattr(self, name) != getattr(type(self), name)]
+        if said and rules == {"bipartite"}:
+            values = {name: getattr(self, name) for name in said}
+            given = ", ".join(f"{n}={name_of(x) if callable(x) else repr(x)}" for n, x in values.items())
+            raise PlanError(
+                f'{given} is of tokens ranked and merged by attention, and merge="bipartite", which is the '
+                'default, ranks none; give merge="recycle" (the paper\'s rule) or another, too'
             )
 
     @classmethod
     def paper(cls, reduction: float = DEFAULT_REDUCTION, **changes: Any) -> Plan:
         """The ICLR paper's plan for Qwen2.5-VL-7B (section 4.1): encoder 5, 9, 13, LLM 2, 8, 14."""
-        return replace(cls(VIT_PAPER[0], LLM_PAPER[0], reduction), **changes)
+        plan = cls(VIT_PAPER[0], LLM_PAPER[0], reduction, PAPER_SHARE, merge="recycle")
+        return replace(plan, **changes)
 
     @classmethod
     def release(cls, **changes: Any) -> Plan:
         """The paper's code release: encoder 5-8 keeping 0.85 each, LLM 19-21-23-25 keeping 0.9."""
-        plan = cls((5, 6, 7, 8), (19, 21, 23, 25), vit_keep_ratio=0.85, llm_keep_ratio=0.9, score="lse")
+        plan = cls((5, 6, 7, 8), (19, 21, 23, 25), vit_keep_ratio=0.85, llm_keep_ratio=0.9,
+                   score="lse", merge="recycle")  # fmt: skip
         return replace(plan, **changes)
 
     @classmethod
@@ -163,18 +187,6 @@ class Plan:
         """The paper's first version: 92 at encoder 3-6 and 108 at LLM layer 2, merged linearly."""
         plan = cls((3, 4, 5, 6), (2,), vit_tokens_removed=92, llm_tokens_removed=108,
                    merge="linear", queries="visual")  # fmt: skip
-        return replace(plan, **changes)
-
-    @classmethod
-    def bipartite(cls, reduction: float = DEFAULT_REDUCTION, **changes: Any) -> Plan:
-        """What keeps most answers of this project's own small models (docs/accuracy.md), for any family.
-
-        Tokens that are most alike become one, neighbours before others, in five places of the encoder's
-        middle and two of the language model's first half; the encoder removes 60 % of what goes. Published
-        code, whose encoder computes attention by itself, needs `proportional=False` besides.
-        """
-        plan = cls(VIT_BIPARTITE, LLM_BIPARTITE, reduction, encoder_share=0.6,
-                   merge="bipartite", proportional=True, distance_penalty=0.2)  # fmt: skip
         return replace(plan, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -241,6 +253,11 @@ class Plan:
         return cls.from_dict(values)
 
     @property
+    def vit_rule(self) -> Any:
+        """The encoder's rule."""
+        return self.merge if self.vit_merge is None else self.vit_merge
+
+    @property
     def by_function(self) -> bool:
         """Whether a function of the caller's ranks or merges."""
         return any(callable(getattr(self, name)) for name in _FUNCTIONS)
@@ -260,83 +277,13 @@ _BUDGETS = {
     "tokens removed": ("vit_tokens_removed", "llm_tokens_removed"),
     "shares": ("vit_shares", "llm_shares"),
 }
+# What only a rule that ranks tokens reads.
+_OF_RANKING = ("score", "queries", "recycled", "members", "window_score")
 
 
 def name_of(choice: Any) -> str:
     """A score or rule as it is called."""
     return choice if isinstance(choice, str) else getattr(choice, "__name__", repr(choice))
-
-
-def _layer_tuple(name: str, layers: Any, place: str) -> tuple[Any, ...] | None:
-    if layers is None:
-        return None
-    if isinstance(layers, int):
-        raise PlanError(f"{name}={layers} is a single number; give a tuple, {name}=({layers},)")
-    if not isinstance(layers, Iterable) or isinstance(layers, (str, bytes, Mapping)):
-        raise PlanError(f"{name}={layers!r} is not a tuple of layers; give for example {name}=(2, 8)")
-    layers = tuple(layers)
-    wrong = [x for x in layers if x != place and not _is_layer(x)]
-    if wrong:
-        raise PlanError(
-            f"{name}={layers}: {wrong} are not layer numbers; layers count from 0 upwards, a number between "
-            f"0 and 1 is a share of the depth (0.25), and {place!r} is the only place that is no layer"
-        )
-    if len(set(layers)) < len(layers):
-        raise PlanError(f"{name}={layers} names a layer twice; each layer merges once")
-    return layers
-
-
-def _is_layer(layer: Any) -> bool:
-    if isinstance(layer, float):
-        return 0 < layer < 1
-    return isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0
-
-
-def _share_tuple(name: str, shares: Any, layers: tuple[Any, ...] | None) -> tuple[float, ...] | None:
-    if shares is None:
-        return None
-    if not isinstance(shares, Iterable) or isinstance(shares, (str, bytes, Mapping)):
-        raise PlanError(f"{name}={shares!r} is not a tuple of shares; give one for each merging layer")
-    shares = tuple(shares)
-    for share in shares:
-        if share is None:
-            raise PlanError(f"{name}={shares}: None is no share; give one for each merging layer")
-        _check_range(name, share, 0, 1, lower_open=True, hint="a picture keeps at least one token")
-    if any(after > before for before, after in zip(shares, shares[1:], strict=False)):
-        raise PlanError(f"{name}={shares} rises; each is the share of all tokens left, not of the last")
-    if layers is None or len(layers) != len(shares):
-        raise PlanError(
-            f"{name} has {len(shares)} shares for {name[:3]}_layers={layers}; give one for each merging "
-            "layer, the first for the lowest"
-        )
-    return shares
-
-
-def _check_range(
-    name: str,
-    value: float | None,
-    low: float,
-    high: float,
-    *,
-    lower_open: bool = False,
-    upper_open: bool = False,
-    hint: str = "",
-) -> None:
-    if value is None:
-        return
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    too_low = not number or value < low or (lower_open and value == low) or value != value
-    too_high = not number or value > high or (upper_open and value == high)
-    if too_low or too_high:
-        interval = f"{'(' if lower_open else '['}{low}, {high}{')' if upper_open else ']'}"
-        raise PlanError(f"{name}={value!r} is outside {interval}{'; ' + hint if hint else ''}")
-
-
-def _check_count(name: str, value: Any, *, minimum: int) -> None:
-    if value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise PlanError(f"{name}={value!r} is not a whole number of at least {minimum}")
 
 
 PLAN_FIELDS = frozenset(f.name for f in fields(Plan))

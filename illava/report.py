@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -89,12 +90,14 @@ class PictureRecord:
         """Frames or tiles, which the encoder sees one by one; 1 if the grid is not known."""
         return 1 if self.grid is None else self.grid[0] * self.tiles
 
-    def token_grid(self, merge_size: int) -> tuple[int, int, int]:
+    @property
+    def token_grid(self) -> tuple[int, int, int]:
         """`(frames or tiles, height, width)` in merge units; one long row if the grid is not known."""
-        if self.grid is None:
+        if self.grid is None or not self.encoded_units:
             return 1, 1, self.tokens
         _, height, width = self.grid
-        return self.frames, height // merge_size, width // merge_size
+        side = math.isqrt(self.frames * height * width // self.encoded_units)  # a call may choose it
+        return self.frames, height // side, width // side
 
     @property
     def final_tokens(self) -> int:

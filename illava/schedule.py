@@ -10,7 +10,18 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from illava.errors import PlanError
-from illava.plan import DEFAULT_REDUCTION, INPUT, OUTPUT, Plan, name_of
+from illava.plan import (
+    BIPARTITE_DISTANCE_PENALTY,
+    BIPARTITE_SHARE,
+    DEFAULT_REDUCTION,
+    INPUT,
+    LLM_BIPARTITE,
+    OUTPUT,
+    PAPER_SHARE,
+    VIT_BIPARTITE,
+    Plan,
+    name_of,
+)
 
 
 @dataclass(frozen=True)
@@ -46,14 +57,15 @@ class SegmentSchedule:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """A plan whose layers have been settled for one model.
+    """A plan settled for one model.
 
     Attributes:
-        settings: the plan as asked for.
+        settings: the plan as asked for; what is `None` there is settled here.
         vit_layers, llm_layers: the layers that merge, ascending. The encoder's depth stands for its
             output, -1 for the language model's input.
         vit_depth, llm_depth: blocks and layers of the model.
         merge_size: patches along one side of a merge unit.
+        encoder_share, proportional, distance_penalty: as of `illava.Plan`.
         scored_at: for each merging decoder layer the one whose attention ranks the tokens: itself, or
             where it has none (linear attention) the nearest before it that has. Empty where no attention
             ranks them.
@@ -65,6 +77,9 @@ class ModelPlan:
     vit_depth: int
     llm_depth: int
     merge_size: int
+    encoder_share: float
+    proportional: bool
+    distance_penalty: float
     scored_at: Mapping[int, int] = field(default_factory=dict)
 
     @property
@@ -96,7 +111,7 @@ class ModelPlan:
         if s.budget == "tokens removed":
             per_layer = s.vit_tokens_removed or 0
         else:
-            share = s.encoder_share if self.llm_layers else 1.0
+            share = self.encoder_share if self.llm_layers else 1.0
             per_layer = round(share * (self.reduction or 0) * frame_tokens / len(layers))
         return (min(per_layer, (frame_tokens - 1) // len(layers)),) * len(layers)
 
@@ -154,7 +169,7 @@ class ModelPlan:
     def __str__(self) -> str:
         s = self.settings
         budget = {
-            "reduction": f"reduction {(self.reduction or 0):.1%}, encoder share {s.encoder_share:.0%}",
+            "reduction": f"reduction {(self.reduction or 0):.1%}, encoder share {self.encoder_share:.0%}",
             "keep ratio": f"keep ratio {s.vit_keep_ratio} in the encoder, {s.llm_keep_ratio} in the LLM",
             "tokens removed": f"{s.vit_tokens_removed} tokens removed per encoder layer, "
             f"{s.llm_tokens_removed} per LLM layer",
@@ -163,31 +178,34 @@ class ModelPlan:
         }[s.budget]
         scores = "".join(f", {layer} scored at {at}" for layer, at in self.scored_at.items() if layer != at)
         encoder = f" ({s.vit_merge} in the encoder)" if s.vit_merge else ""
-        encoder += f", {s.distance_penalty} less alike where apart" if s.distance_penalty else ""
+        how = f", {self.distance_penalty} less alike where apart" if self.distance_penalty else ""
+        if {s.merge, s.vit_rule} != {"bipartite"}:
+            how += f", score {'attention' if s.score is None else name_of(s.score)}"
         return (
             f"encoder blocks {list(self.vit_layers)} of {self.vit_depth}, decoder layers "
-            f"{list(self.llm_layers)} of {self.llm_depth}{scores}; {budget}; {name_of(s.merge)}{encoder}, "
-            f"score {name_of(s.score)}"
+            f"{list(self.llm_layers)} of {self.llm_depth}{scores}; {budget}; {name_of(s.merge)}{encoder}{how}"
         )
 
 
 def resolve(
     plan: Plan,
     *,
-    vit_default: tuple[int, ...],
-    llm_default: tuple[int, ...],
+    vit_ranked: tuple[int, ...],
+    llm_ranked: tuple[int, ...],
     vit_depth: int,
     llm_depth: int,
     merge_size: int,
     scoring_layers: Collection[int] | None = None,
+    weighable: bool = True,
 ) -> ModelPlan:
-    """Settle a plan's layers for one model.
+    """Settle what a plan leaves open for one model.
 
     Args:
         plan: as asked for.
-        vit_default, llm_default: layers where the plan names none.
+        vit_ranked, llm_ranked: layers that merge by attention where the plan names none.
         vit_depth, llm_depth: how many layers there are to choose from.
         merge_size: patches along one side of a merge unit.
+        weighable: whether the encoder's attention can be told what its tokens stand for.
         scoring_layers: decoder layers with softmax attention; `None` for all.
 
     Raises:
@@ -195,9 +213,10 @@ def resolve(
             before it, or layers whose budget is not said.
     """
     settled: list[tuple[int, ...]] = []
-    for stage, layers, default, depth in (
-        ("vit", plan.vit_layers, vit_default, vit_depth),
-        ("llm", plan.llm_layers, llm_default, llm_depth),
+    alike = {"vit": plan.vit_rule == "bipartite", "llm": plan.merge == "bipartite"}
+    for stage, layers, ranked, places, depth in (
+        ("vit", plan.vit_layers, vit_ranked, VIT_BIPARTITE, vit_depth),
+        ("llm", plan.llm_layers, llm_ranked, LLM_BIPARTITE, llm_depth),
     ):
         budgets = ("keep ratio", "tokens removed", "shares")
         key = f"{stage}_{plan.budget.replace(' ', '_')}" if plan.budget in budgets else None
@@ -208,7 +227,8 @@ def resolve(
                     f"{stage}_layers=() to leave that stage alone"
                 )
             layers = ()
-        layers = default if layers is None else layers
+        if layers is None:
+            layers = scale_layers(places, 1, depth) if alike[stage] else ranked
         beyond = [layer for layer in layers if layer not in (OUTPUT, INPUT) and layer >= depth]
         if beyond:
             raise PlanError(
@@ -223,7 +243,7 @@ def resolve(
             )
     _check_ends(plan, settled[0], settled[1], vit_depth)
     scored_at = {}
-    for layer in settled[1] if plan.merge != "bipartite" else ():
+    for layer in () if alike["llm"] else settled[1]:
         if layer < 0:
             continue
         before = [
@@ -236,7 +256,16 @@ def resolve(
                 "that layer or a later one"
             )
         scored_at[layer] = max(before)
-    return ModelPlan(plan, settled[0], settled[1], vit_depth, llm_depth, merge_size, scored_at)
+    share, penalty = plan.encoder_share, plan.distance_penalty
+    if share is None:
+        share = BIPARTITE_SHARE if alike["vit"] else PAPER_SHARE
+    if penalty is None:
+        penalty = BIPARTITE_DISTANCE_PENALTY if any(alike.values()) else 0.0
+    return ModelPlan(
+        plan, settled[0], settled[1], vit_depth, llm_depth, merge_size, share,
+        proportional=alike["vit"] and weighable if plan.proportional is None else plan.proportional,
+        distance_penalty=penalty, scored_at=scored_at,
+    )  # fmt: skip
 
 
 def scale_layers(layers: Sequence[float], of_depth: int, depth: int) -> tuple[int, ...]:
@@ -266,8 +295,8 @@ def _check_ends(plan: Plan, vit: tuple[int, ...], llm: tuple[int, ...], vit_dept
     if -1 in llm and by_attention:
         raise PlanError(
             f"llm_layers={plan.llm_layers}: nothing attends before the first decoder layer, so "
-            f"score={name_of(plan.score)!r} with merge={name_of(plan.merge)!r} cannot choose there; give a "
-            "function as score, and 'prune' or a function as merge, or 'bipartite' as merge"
+            f"score={name_of(plan.score or 'attention')!r} with merge={name_of(plan.merge)!r} cannot choose "
+            "there; give a function as score, and 'prune' or a function as merge, or 'bipartite' as merge"
         )
 
 

@@ -79,7 +79,8 @@ class VisionCall:
         plan_id: int = -1,
     ) -> None:
         self._choices = Choices() if choices is None else choices
-        self.settings, self.layout, self.depth = plan.settings, layout, plan.vit_depth
+        self.plan, self.settings = plan, plan.settings
+        self.layout, self.depth = layout, plan.vit_depth
         # Not `seams`: a call that was interrupted waits in its thread's context, and must not keep the model.
         self.full_attention_blocks, self.dead_rows = seams.full_attention_blocks, seams.dead_rows
         self.window_patches = seams.window_patches
@@ -97,7 +98,7 @@ class VisionCall:
         self.scoring = frozenset(min(block, self.depth - 1) for block in self.merging)
         # Blocks whose attention is illava's. Where tokens attract attention by what they stand for, they do
         # in all blocks of the plan, whether or not a picture beside them is large enough to lose some there.
-        weighed = self.removed if plan.settings.proportional and self.merging else ()
+        weighed = self.removed if plan.proportional and self.merging else ()
         self.own_attention = self.scoring | {min(block, self.depth - 1) for block in weighed}
         self.plan_id, self.padded = plan_id, layout.padded
         self.outer: Any = None  # what was under way around it
@@ -170,7 +171,7 @@ class VisionCall:
             return stage.unpack(span_attention(q, k, v, spans, scale=scale, eager=eager))
         self.backend = self._choices(self.implementation, q.device, q.dtype).kernel
         channels = v.shape[-1]
-        if self.settings.proportional and stage.sizes is not None:
+        if self.plan.proportional and stage.sizes is not None:
             q, k, v = weigh(q, k, v, stage.token_sizes(q.device), scale)
         out, lse = varlen_attention(q, k, v, spans, scale=scale, backend=self.backend)
         self._keep(block, q.detach(), k.detach(), lse.detach(), spans, scale, channels)
@@ -223,7 +224,7 @@ class VisionCall:
             _class_attention=from_class if stage.layout.prefix else None,
             _place=lambda: on(device, self.layout.places())[stage.units.to(device)],
         )  # fmt: skip
-        return decide(candidates, self.settings)
+        return decide(candidates, self.plan)
 
     def merge(self, block: int, hidden: Tensor) -> Tensor:
         """Apply `block`'s decision to `[N, d]` or `[rows, width, d]`; later blocks get the survivors."""

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 SAMPLE = 24  # items of each row that are answered again
 PREFILLS = read(accuracy.RESULTS / "accuracy_prefill.csv")
 STALE = "run accuracy.py --show --readme"
-METHODS = ("unpatched", "illava", "illava bipartite", "FastV")
+METHODS = ("unpatched", "illava", "illava recycle", "FastV")
 SHARES = {f"{share:.4f}": share for share in (0.0, 7 / 9, 8 / 9)}
 
 
@@ -137,13 +137,13 @@ def left_of(reader, reduction, method):
     return float(measured("compute", reduction, reader)[0][method][0]["final_ratio"])
 
 
-OURS = "illava bipartite"
+OURS, RANKED = "illava", "illava recycle"
 
 
 @pytest.mark.parametrize("reader", READERS)
 def test_what_the_readme_says_of_small_writing(said, reader):
     """A row of its table for each reader; and nobody else's method keeps so much."""
-    shown = ("unpatched", "illava", "ToMe", "DivPrune", OURS)
+    shown = ("unpatched", RANKED, "ToMe", "DivPrune", OURS)
     cells = " | ".join(percent(right_of("text", reader, 8 / 9, method)) for method in shown)
     assert f"| {NAMES[reader]} | {cells} |" in said
     rows, base = measured("compute", 8 / 9, reader)
@@ -152,13 +152,12 @@ def test_what_the_readme_says_of_small_writing(said, reader):
     assert max(read_by[method] for method in rivals_of(read_by)) < read_by[OURS]
 
 
-def test_what_the_readme_says_of_the_plan_by_likeness(said):
-    """What it leaves and keeps at the defaults' compute."""
+def test_what_the_readme_says_of_likeness(said):
+    """What it leaves and keeps at the compute of the paper's rule."""
     left = [percent(left_of(reader, 8 / 9, OURS)) for reader in READERS]
     assert f"leaves {left[0]} of the tokens on the InternVL and {left[1]} on the Qwen2.5-VL" in said
     both = [
-        [percent(shares("compute", 8 / 9, reader)[name][0]) for reader in READERS]
-        for name in ("illava", OURS)
+        [percent(shares("compute", 8 / 9, reader)[name][0]) for reader in READERS] for name in (RANKED, OURS)
     ]
     assert f"from {both[0][0]} to {both[1][0]} on the InternVL and from {both[0][1]} to {both[1][1]}" in said
 
@@ -166,22 +165,23 @@ def test_what_the_readme_says_of_the_plan_by_likeness(said):
 ITEMS = {2 / 3: 1000, 7 / 9: 1000, 8 / 9: 500}  # of each task, at least, of the methods that lead
 
 
-@pytest.mark.parametrize("reader", READERS)
-def test_who_leads_at_equal_compute(reader):
-    """At 77.8 and 88.9 % ours, of each other method by more than the interval of the difference."""
-    for reduction in PICTURES:
-        rows, base = measured("compute", reduction, reader)
-        for row in (*base, *(r for name in (OURS, "DivPrune") for r in rows[name])):
-            assert int(row["items"]) >= ITEMS[reduction]
-        found = shares("compute", reduction, reader)
-        others = rivals_of(found)
-        if reduction > 0.7:
-            assert next(iter(found)) == OURS
-            assert min(leads("compute", reduction, reader, OURS, others).values()) > 0
-        else:  # neither is ahead of the other for sure
-            assert others[0] == "DivPrune"
-            assert leads("compute", reduction, reader, OURS, ["DivPrune"])["DivPrune"] < 0
-            assert leads("compute", reduction, reader, "DivPrune", [OURS])[OURS] < 0
+# Where another method and ours are too near for the interval of the difference.
+TIES = {("internvl", 2 / 3): "DivPrune", ("internvl", 7 / 9): "DivPrune", ("qwen2_5_vl", 2 / 3): "DivPrune"}
+
+
+@pytest.mark.parametrize(("reader", "reduction"), product(READERS, PICTURES))
+def test_who_leads_at_equal_compute(reader, reduction):
+    """Ours, of each other method by more than the interval of the difference, but for the ties."""
+    rows, base = measured("compute", reduction, reader)
+    for row in (*base, *(r for name in (OURS, "DivPrune") for r in rows[name])):
+        assert int(row["items"]) >= ITEMS[reduction]
+    others = rivals_of(shares("compute", reduction, reader))
+    ahead = leads("compute", reduction, reader, OURS, others)
+    if tie := TIES.get((reader, reduction)):
+        assert others[0] == tie
+        assert ahead.pop(tie) < 0
+        assert leads("compute", reduction, reader, tie, [OURS])[OURS] < 0
+    assert min(ahead.values()) > 0 or reduction < 0.7
 
 
 def test_what_the_readme_says_of_equal_compute(said):
@@ -190,19 +190,19 @@ def test_what_the_readme_says_of_equal_compute(said):
         found = shares("compute", 8 / 9, reader)
         best, name = rivals_of(found)[0], NAMES[reader]
         words.append(f"{percent(found[OURS][0])} on the {name}, where {best} keeps {percent(found[best][0])}")
-    assert ", ".join(words) in said
+    assert f"it keeps {', '.join(words)}." in said
     for reduction, about in ((7 / 9, "At 77.8 % it keeps"), (2 / 3, "At 66.7 %")):
         found = [shares("compute", reduction, reader) for reader in READERS]
         ours, prune = ([percent(own[name][0]) for own in found] for name in (OURS, "DivPrune"))
         both = (
             f"{ours[0]} on the InternVL and {ours[1]} on the Qwen2.5-VL, DivPrune {prune[0]} and {prune[1]}"
         )
-        assert f"{about} {both}" in said
+        assert f"{about} {both}:" in said
     right, whole = (percent(right_of("count", "internvl", 8 / 9, name)) for name in (OURS, "unpatched"))
     assert f"{right} of them are right at 88.9 % on the InternVL, unpatched {whole}" in said
 
 
-NAMED = (f"`{OURS}`", "ToMe", "`illava`")
+NAMED = (f"`{OURS}`", "ToMe", f"`{RANKED}`")
 
 
 def test_what_the_readme_says_of_videos(said):
@@ -228,37 +228,44 @@ def test_what_the_readme_says_of_the_others(said):
     assert f"FasterVLM keeps {theirs[0]} on the Qwen2.5-VL and {theirs[1]} on the InternVL" in said
 
 
-def test_the_plan_by_likeness_computes_no_more_than_the_defaults():
-    """What it is held to, but for what whole tokens of five blocks leave unused."""
-    rows, spent = accuracy.done(accuracy.RESULTS / "accuracy.csv"), []
-    for key, row in rows.items():
-        if (row["method"], row["split"], row["budget"]) == (OURS, "test", "compute"):
-            spent.append(float(row["area"]) / float(rows[(key[0], "illava", *key[2:])]["area"]))
-    assert len(spent) == 2 * (3 * 5 + 2)
-    assert min(spent) > 0.85
-    assert max(spent) < 1.001
+@pytest.mark.parametrize("reader", READERS)
+def test_no_method_computes_more_than_the_papers_rule_in_one_piece(reader, readers):
+    """What all are held to; a smaller picture comes in whole rows and columns, a little more or less."""
+    areas = {}
+    for key, row in accuracy.done(accuracy.RESULTS / "accuracy.csv").items():
+        counts = row["method"] != "smaller picture" and not row["note"]
+        if key[0] == reader and row["budget"] == "compute" and counts:
+            areas.setdefault((row["task"], row["reduction"]), []).append(float(row["area"]))
+    assert len(areas) == 3 * 5 + 2
+    for (task, reduction), found in areas.items():
+        whole = readers[reader].visual_tokens(tasks.held_out_item(task, "test", 0))
+        (share,) = (x for x in (*PICTURES, *VIDEOS) if f"{x:.4f}" == reduction)
+        rule = RIVALS["illava recycle"]
+        allowed = area(readers[reader].model, rule, visual_tokens=whole, final_ratio=1 - share)
+        assert 0.98 * allowed < max(found) < allowed + 1e-4
 
 
 def test_what_the_readme_says_of_tiles(said, readers):
-    """What is really computed of five tiles, beside what is reckoned as if they were one piece."""
+    """What is computed of five tiles, counted in whole tokens of each."""
     reader, item = readers["internvl"], tasks.held_out_item("find", "test", 0)
+    layout = reader.layout(item)
+    assert layout == {"visual_tokens": 180, "frames": 5}
 
-    def computed(method, reduction):
-        made = ready(reader, Cell("internvl", method, reduction, "compute", "find", "test"), item, PLANS)
-        tokens = reader.visual_tokens(item)
-        assert made.area == area(
-            reader.model, RIVALS[method], visual_tokens=tokens, final_ratio=made.final_ratio
-        )
-        return area(
-            reader.model, RIVALS[method], visual_tokens=tokens, final_ratio=made.final_ratio, frames=5
-        )
+    def computed(final_ratio, method=OURS):
+        return area(reader.model, RIVALS[method], final_ratio=final_ratio, **layout)
 
-    ours, prune = (
-        [f"{computed(method, reduction):.2f}" for reduction in PICTURES] for method in (OURS, "DivPrune")
-    )
-    of_ours = f"{ours[0]}, {ours[1]} and {ours[2]} of the unpatched model's"
-    assert f"really computes {of_ours}, DivPrune {prune[0]}, {prune[1]} and {prune[2]}. So its lead" in said
-    assert f"77.8 % is one at {float(ours[1]) - float(prune[1]):.2f} more." in said
+    made = {
+        (method, reduction): ready(
+            reader, Cell("internvl", method, reduction, "compute", "find", "test"), item, PLANS
+        )
+        for method, reduction in product((OURS, "DivPrune"), PICTURES)
+    }
+    least, strong = made[OURS, 7 / 9], made[OURS, 8 / 9]
+    assert least.area == strong.area == computed(least.final_ratio)
+    above = min(x for n in range(1, 181) if (x := computed(n / 180)) > least.area + 1e-6)
+    assert f"nothing of the default lies between {least.area:.2f} and {above:.2f} of the unpatched" in said
+    prune = made["DivPrune", 7 / 9].area
+    assert f"computes {least.area:.2f} where DivPrune at 77.8 % computes {prune:.2f}" in said
 
 
 def test_a_lead_is_of_the_items_that_both_answered():
@@ -306,21 +313,21 @@ def test_what_was_chosen_keeps_most_of_the_validation_split(group, cells, chosen
             shares_kept.append(share_of(row) / base)
         else:
             kept_by[method] = sum(shares_kept) / len(shares_kept)
-    assert len(kept_by) > 5
+    assert len(kept_by) > 4
     assert max(kept_by, key=kept_by.get) == chosen
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_the_plan_by_likeness_is_the_one_that_was_chosen(readers, reader):
+def test_the_default_is_the_one_that_was_chosen(readers, reader):
     seams = seams_of(readers[reader].model)
     chosen = PLANS["neighbours, encoder 2, 3, 4, 5, 6, LLM 2, 4, encoder share 0.6"](seams, 8 / 9)
     one, other = seams.settle(chosen), seams.settle(RIVALS[OURS].plan_of(seams, 1 / 9))
     assert (
         (one.vit_layers, one.llm_layers) == (other.vit_layers, other.llm_layers) == ((2, 3, 4, 5, 6), (2, 4))
     )
-    assert replace(chosen, vit_layers=None, llm_layers=None) == replace(
-        other.settings, vit_layers=None, llm_layers=None, reduction=chosen.reduction
-    )
+    assert (one.encoder_share, one.proportional, one.distance_penalty) == (0.6, True, 0.2)
+    assert replace(one, settings=None) == replace(other, settings=None)
+    assert one.settings.merge == other.settings.merge == "bipartite"
 
 
 def test_the_page_has_every_table_of_the_csv():

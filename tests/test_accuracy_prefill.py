@@ -100,7 +100,7 @@ def test_operations_are_those_of_the_method_at_the_strength_it_was_asked_at(read
         and row["reduction"] == f"{7 / 9:.4f}"
     }
     assert set(committed) == set(found) - {"unpatched"}
-    for name in ("illava", "illava bipartite", "ToMe"):
+    for name in ("illava", "illava recycle", "ToMe"):
         share = found[name].operations() / whole
         assert 0.4 < share < 0.8
         assert committed[name] == f"{share:.4f}", "measure again: python benchmarks/accuracy_prefill.py"

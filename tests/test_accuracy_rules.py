@@ -98,7 +98,7 @@ def test_each_rule_leaves_as_many_as_asked_and_loses_what_it_says(family, name, 
 
 
 def test_a_recycled_unit_may_keep_a_share_of_its_own(monkeypatch):
-    paper = merged("qwen2_5_vl", {}, monkeypatch)
+    paper = merged("qwen2_5_vl", {"merge": "recycle"}, monkeypatch)
     for own in (0.0, 0.8):
         monkeypatch.undo()
         seen = merged("qwen2_5_vl", rules.keeping(own), monkeypatch)

@@ -14,7 +14,7 @@ def merges(score, family, visual, monkeypatch):
     seen = tools.watch_decisions(monkeypatch)
     model = tools.build(family)
     layers = {"vit_layers": (1,), "llm_layers": (0, 1)}
-    with illava.patch(model, reduction=0.6, score=score, **layers):
+    with illava.patch(model, reduction=0.6, score=score, merge="recycle", **layers):
         tools.forward(model, tools.prompt(family, [5, visual, 7]))
     return seen
 

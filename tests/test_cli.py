@@ -20,7 +20,7 @@ import illava
 import tiny_checkpoint
 from illava import families
 from illava.cli import app, console
-from illava.cli.options import plan_of, plans_of, spread
+from illava.cli.options import Rule, plan_of, plans_of, spread
 from illava.evaluate.found import describe
 from questions import write_questions
 
@@ -340,14 +340,18 @@ def test_options_say_a_plan(tmp_path):
     assert plan_of(None, "output", None, None) == illava.Plan(("output",))
     assert plan_of(None, "5-9-13", None, None) == illava.Plan((5, 9, 13))
     assert plan_of(None, "0.25, 3", "0.5", None) == illava.Plan((0.25, 3), (0.5,))
-    assert list(plans_of(None, None, None, None, None)) == ["0 %", "66.7 %", "77.8 %", "88.9 %"]
+    assert list(plans_of(None, None, None, None, None, None)) == ["0 %", "66.7 %", "77.8 %", "88.9 %"]
     file = tmp_path / "plan.json"
     file.write_text(illava.Plan.paper(0.889).to_json())
-    plans = plans_of([0.5], None, "3", None, [file])
+    plans = plans_of([0.5], None, "3", None, None, [file])
     assert plans == {"50 %": illava.Plan(None, (3,), 0.5), str(file): illava.Plan.paper(0.889)}
-    assert list(plans_of(None, None, None, None, [file])) == [str(file)]
-    assert list(plans_of([0.6667, 0.66671], None, None, None, None)) == ["66.67 %", "66.671 %"]
-    for layers in (("3", None, None), (None, "3", None), (None, None, 0.3)):
+    assert list(plans_of(None, None, None, None, None, [file])) == [str(file)]
+    assert list(plans_of([0.6667, 0.66671], None, None, None, None, None)) == ["66.67 %", "66.671 %"]
+    ranked = plans_of([0.5], None, None, None, Rule.recycle, [file])
+    assert ranked["50 %"] == illava.Plan(reduction=0.5, merge="recycle")
+    assert [plan_of(None, None, None, None, rule).merge for rule in Rule] == [rule.value for rule in Rule]
+    said = (("3", None, None, None), (None, "3", None, None), (None, None, 0.3, None))
+    for layers in (*said, (None, None, None, Rule.recycle)):
         with pytest.raises(illava.PlanError, match="says everything already; leave out --"):
             plans_of(None, *layers, [file])
 
@@ -357,7 +361,7 @@ def test_options_say_a_plan(tmp_path):
     [
         illava.Plan(),
         illava.Plan.release(),
-        illava.Plan((3,), ("input",), score="lse", llm_shares=(0.2,), vit_shares=(0.5,)),
+        illava.Plan((3,), ("input",), score="lse", merge="prune", llm_shares=(0.2,), vit_shares=(0.5,)),
     ],
 )
 def test_a_plan_is_described_as_python(plan):

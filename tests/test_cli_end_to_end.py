@@ -219,7 +219,7 @@ def test_plan_prints_what_patching_reads_back(says, data, loaded, tmp_path):
     exact = held.agreement["found"].exact
     assert exact.value >= 0.9
     assert f"{exact.value:.1%} ({exact.low:.1%} to {exact.high:.1%})" in out
-    assert "times faster than the default layers at equal agreement" in out
+    assert "times faster than the default at equal agreement" in out
     # And the other commands take the file.
     picture, prompt, _ = asked(data)
     assert says("run", READER, "--image", picture, "--prompt", prompt, "--plan", file)[0].strip()

@@ -76,8 +76,9 @@ def counts(family, part, plan=None):
     return ran, graphs.made
 
 
-def plan(vit, llm):
-    return dict(vit_layers=vit, llm_layers=llm, reduction=0.7, recycled=0.3)
+def plan(vit, llm, rule="recycle"):
+    recycled = {"recycled": 0.3} if rule == "recycle" else {}
+    return dict(vit_layers=vit, llm_layers=llm, reduction=0.7, merge=rule) | recycled
 
 
 @needs_contexts
@@ -85,18 +86,16 @@ def plan(vit, llm):
 @pytest.mark.parametrize("rule", ["recycle", "bipartite"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_language_model_is_one_graph_across_its_merges(family, rule):
-    apart = {"distance_penalty": 0.2} if rule == "bipartite" else {}
-    ran, made = counts(family, "language_model", plan((0, 1), (0, 2)) | {"merge": rule} | apart)
+    ran, made = counts(family, "language_model", plan((0, 1), (0, 2), rule))
     assert ran == [1] * 3
     assert (ran, made) == counts(family, "language_model")
 
 
 @needs_contexts
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", [None, "bipartite"])
+@pytest.mark.parametrize("rule", ["recycle", "bipartite"])
 def test_the_encoder_is_one_graph_across_its_merges(rule):
-    apart = {"distance_penalty": 0.2} if rule == "bipartite" else {}
-    ran, made = counts("internvl", "vision_tower", plan((0, 2), ()) | {"vit_merge": rule} | apart)
+    ran, made = counts("internvl", "vision_tower", plan((0, 2), (), rule))
     assert ran == [1] * 3
     assert (ran, made) == counts("internvl", "vision_tower")
 
@@ -116,7 +115,7 @@ def test_generation():
     model, (_, inputs, *_) = qwen()
     options = dict(max_new_tokens=5, do_sample=False)
     made = []
-    for settings in (None, plan((1,), (0, 2))):
+    for settings in (None, plan((1,), (0, 2)), plan((1,), (0, 2), "bipartite")):
         if settings:
             illava.patch(model, **settings)
         wanted = model.generate(**inputs, **options)
@@ -127,7 +126,7 @@ def test_generation():
         made.append(graphs.made)
         model.model.language_model._compiled_call_impl = None
         torch.compiler.reset()
-    assert made[0] == made[1]
+    assert made[0] == made[1] == made[2]
 
 
 def test_training():

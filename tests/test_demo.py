@@ -65,20 +65,20 @@ def test_examples_are_pictures_and_a_clip_within_the_limits():
 
 
 def test_examples_are_answered_as_their_page_says():
-    """Merging changes the answers to the fourth and to the clip; 4.57 has all frames of the clip at once."""
+    """Merging changes none of them, the paper's rule the fourth; 4.57 has all frames of the clip at once."""
     asker, said = load(default_model(), "cpu"), []
     for sample in SAMPLES:
         prompt = Prompt([media.read(Path(file), Limits()) for file in sample.files], sample.question)
-        for plan in (None, Plan(reduction=0.778)):
+        for plan in (None, Plan(reduction=0.778), Plan(reduction=0.778, merge="recycle")):
             (*_, answer) = asker.ask(prompt, plan, answer_tokens=16, stop=threading.Event())
             said.append(answer.text.strip())
         assert answer.report.final_tokens < answer.report.tokens / 4
     asker.close()
-    unpatched, patched = said[::2], said[1::2]
-    assert [a != b for a, b in zip(unpatched, patched, strict=True)][:5] == [False, False, False, True, False]
-    assert (unpatched[3], patched[3]) == ("gezy", "ge")
-    on_5 = not transformers.__version__.startswith("4.")
-    assert (unpatched[5] == "zero two six", patched[5] == "zero six") == (on_5, on_5)
+    unpatched, patched, by_attention = said[::3], said[1::3], said[2::3]
+    assert unpatched[:5] == patched[:5] == ["six", "eight", "four", "gezy", "third"]
+    assert by_attention[:5] == ["six", "eight", "four", "ge", "third"]
+    if not transformers.__version__.startswith("4."):
+        assert (unpatched[5], patched[5], by_attention[5]) == ("zero two six", "zero two six", "zero six")
     if importlib.util.find_spec("gradio"):
         from illava.demo.controls import REDUCTION
 

@@ -57,10 +57,10 @@ def tab(server):
     server.handlers.close(request)
 
 
-def plan_of(server, reduction=77.8):
-    default = server.handlers.asker.default
+def plan_of(server, reduction=77.8, rule="bipartite"):
+    own = server.handlers.asker.settle(Plan(merge=rule))
     return (
-        reduction, 40, default.vit_layers, default.llm_layers, "recycle", "same", "attention", "text",
+        reduction, 100 * own.encoder_share, own.vit_layers, own.llm_layers, rule, "same", "attention", "text",
         "window",
     )  # fmt: skip
 
@@ -106,7 +106,7 @@ def test_both_sides_answer_and_say_what_it_cost(server, tab):
     for side in ("unpatched", "patched"):
         assert '<p class="said">six</p>' in last(shown, side)
     assert "<b>The same answer</b> from <b>31 of 144</b>" in last(shown, "verdict")
-    assert last(shown, "merge")["maximum"] == 5
+    assert last(shown, "merge")["maximum"] == 7
     before, _ = server.handlers.show(tab, 0, False)
     after, stairs = server.handlers.show(tab, 2, False)
     assert "before any merge" in before
@@ -137,7 +137,7 @@ def test_every_control_is_heard(server, tab, monkeypatch):
     from illava.demo import controls
 
     assert list(OTHER) == [field.name for field in dataclasses.fields(controls.Controls)]
-    first = list(plan_of(server))
+    first = list(plan_of(server, rule="recycle"))
     heard, ask_asker = [], asking.Asker.ask
 
     def watched(asker, prompt, plan, **rest):
@@ -157,6 +157,25 @@ def test_every_control_is_heard(server, tab, monkeypatch):
     assert heard == [None, begun, Plan(**dict(plan)), None, Plan(**dict(plan))]
 
 
+def test_layers_and_share_follow_the_rule(server):
+    """As an unnamed layer or share does in a plan; what ranks tokens can be chosen where they are ranked."""
+    from illava.demo.controls import SAME
+
+    for rule, vit_rule, ranked in (
+        ("recycle", SAME, True), ("bipartite", SAME, False), ("bipartite", "bipartite", False),
+        ("bipartite", "prune", True), ("linear", "bipartite", True),
+    ):  # fmt: skip
+        own = server.handlers.asker.settle(Plan(merge=rule, vit_merge=None if vit_rule == SAME else vit_rule))
+        share, vit, llm, *others = server.handlers.follow(rule, vit_rule)
+        assert share["value"] == 100 * own.encoder_share
+        assert (vit["value"], llm["value"]) == ([*own.vit_layers], [*own.llm_layers])
+        assert [update["interactive"] for update in others] == [ranked] * 3
+    vit, llm = (server.handlers.follow("recycle", SAME)[i]["value"] for i in (1, 2))
+    default = server.handlers.asker.default
+    assert vit != [*default.vit_layers]
+    assert llm != [*default.llm_layers]
+
+
 def test_what_is_wrong_is_said_in_words(server, tab, monkeypatch):
     for gallery, question, words in (
         ([], "what ?", "There is nothing to look at yet; bring a picture"),
@@ -167,7 +186,7 @@ def test_what_is_wrong_is_said_in_words(server, tab, monkeypatch):
     ):
         asked = server.handlers.ask(tab, [(f, None) for f in gallery], question, 8, *plan_of(server))
         assert words in last(list(asked), "notice")
-    beyond = (77.8, 40, (99,), (1,), "recycle", "same", "attention", "text", "window")
+    beyond = (77.8, 40, (99,), (1,), "bipartite", "same", "attention", "text", "window")
     assert "99" in last(ask(server, tab, plan=beyond), "notice")
 
     def fail(*_, **__):

@@ -10,7 +10,7 @@ from contract import tools
 from zoo import internvl
 
 FAMILIES = tiny.FAMILIES
-PLAN = dict(vit_layers=(0, 1), llm_layers=(0, 2), reduction=0.7, recycled=0.3)
+PLAN = dict(vit_layers=(0, 1), llm_layers=(0, 2), reduction=0.7, merge="recycle", recycled=0.3)
 PROMPT = [3, tiny.A, 4, tiny.V, 2, tiny.C, 6]
 
 

@@ -12,7 +12,7 @@ from transformers import modeling_flash_attention_utils as hf
 import illava
 import tiny
 
-PLAN = dict(vit_layers=(0, 1), llm_layers=(0, 2), reduction=0.7, recycled=0.3)
+PLAN = dict(vit_layers=(0, 1), llm_layers=(0, 2), reduction=0.7, merge="recycle", recycled=0.3)
 
 
 def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):

@@ -36,7 +36,6 @@ from illava.harness.arguments import plan_for, plan_from_arguments
         ({"plan": "paper", "reduction": 0.889}, Plan.paper(0.889)),
         ({"plan": "paper", "llm_layers": "4"}, Plan.paper(llm_layers=(4,))),
         ({"plan": "release"}, Plan.release()),
-        ({"plan": "bipartite", "reduction": 0.9}, Plan.bipartite(0.9)),
     ],
 )
 def test_a_plan_from_arguments(arguments, plan):

@@ -210,10 +210,10 @@ def test_errors_of_asking_for_what_is_not_there():
     ("settings", "match"),
     [
         (
-            dict(score=lambda c: c.attention[:, :-1]),
+            dict(score=lambda c: c.attention[:, :-1], merge="recycle"),
             r"score=<lambda> must return a tensor \[segments, units\]",
         ),
-        (dict(score=lambda c: [1]), r"it returned list"),
+        (dict(score=lambda c: [1], merge="recycle"), r"it returned list"),
         (dict(merge=lambda c, kept: kept), r"merge=<lambda> must return a tensor \[segments, kept, units\]"),
     ],
 )
@@ -248,8 +248,11 @@ def test_plans_that_cannot_be(settings, match):
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        (dict(llm_layers=("input",), reduction=0.5), "nothing attends before the first decoder layer"),
-        (dict(llm_layers=("input",), score=evenly), "nothing attends before the first decoder layer"),
+        (dict(llm_layers=("input",), merge="prune"), "nothing attends before the first decoder layer"),
+        (
+            dict(llm_layers=("input",), score=evenly, merge="recycle"),
+            "nothing attends before the first decoder layer",
+        ),
         (dict(vit_layers=(3, "output")), "block 3 cannot merge by it as well"),
         (
             dict(vit_layers=("output",), llm_layers=(1,), llm_shares=(0.5,)),
@@ -284,14 +287,14 @@ def test_shares_are_exact(tokens):
 
 
 @tools.each_family
-def test_the_plan_by_likeness_in_every_family(family):
+def test_the_default_in_every_family(family):
     """It merges where the plan says, each row of a batch is as alone, and nothing is left behind."""
     model, inputs = tools.build(family), tools.prompt_of(family, "batch")
-    told = seams_of(model).block_observed is None
     tools.forward(model, inputs, output_hidden_states=True)  # transformers' own hooks come with the first
     before = tools.trace(model)
-    with illava.patch(model, plan=Plan.bipartite(0.7, proportional=told)) as handle:
+    with illava.patch(model, reduction=0.7) as handle:
         assert len(handle.plan.vit_layers) > 1
+        assert handle.plan.proportional is (seams_of(model).block_observed is None)
         out = tools.forward(model, inputs)
         for picture in handle.report.pictures:
             assert picture.final_tokens < 0.5 * picture.tokens

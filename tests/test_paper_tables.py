@@ -56,6 +56,8 @@ def test_every_plan_can_be():
         assert isinstance(plan, Plan) or plan.func in vars(rivals.at_harness).values()
         if isinstance(plan, Plan) and arguments["reduction"] and "7B-Instruct" in line:
             assert plan == Plan.paper(arguments["reduction"])
+        if isinstance(plan, Plan) and arguments["reduction"]:
+            assert plan.merge == "recycle", "the paper's rule in every cell"
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ from illava.plan import DEFAULT_REDUCTION, PLAN_FIELDS, Plan
 from illava.schedule import resolve, scale_layers
 
 DEPTHS = dict(vit_depth=32, llm_depth=28)
+VIT, LLM = (8, 12, 16, 20, 24), (7, 14)  # the default's layers
 
 
 def settle(plan, merge_size=2, **changes):
-    options = dict(vit_default=(7, 15), llm_default=(2, 8, 14), merge_size=merge_size, **DEPTHS)
+    options = dict(vit_ranked=(7, 15), llm_ranked=(2, 8, 14), merge_size=merge_size, **DEPTHS)
     return resolve(plan, **(options | changes))
 
 
@@ -38,7 +39,8 @@ def test_the_papers_plan_by_hand():
 
 def test_the_papers_plan_defaults_to_two_thirds():
     assert Plan.paper().reduction == pytest.approx(2 / 3)
-    assert Plan.paper(0.778, recycled=0.2) == Plan((5, 9, 13), (2, 8, 14), 0.778, recycled=0.2)
+    said = dict(encoder_share=0.4, merge="recycle", recycled=0.2)
+    assert Plan.paper(0.778, recycled=0.2) == Plan((5, 9, 13), (2, 8, 14), 0.778, **said)
 
 
 def test_the_releases_plan_by_hand():
@@ -59,18 +61,62 @@ def test_the_first_versions_plan_by_hand():
     assert outs(schedule.llm) == [253]
 
 
-def test_the_plan_by_likeness_by_hand():
+def test_the_default_by_hand():
     """576 tokens at 87.5 %: of 504 the encoder's five blocks remove 302, the two decoder layers the rest."""
-    plan = settle(Plan.bipartite(0.875))
-    assert (plan.vit_layers, plan.llm_layers) == ((8, 12, 16, 20, 24), (7, 14))
-    said = plan.settings
-    assert (said.merge, said.proportional, said.distance_penalty) == ("bipartite", True, 0.2)
+    plan = settle(Plan(reduction=0.875))
+    assert (plan.vit_layers, plan.llm_layers) == (VIT, LLM)
+    assert plan.settings.merge == "bipartite"
+    assert (plan.encoder_share, plan.proportional, plan.distance_penalty) == (0.6, True, 0.2)
+    assert plan.scored_at == {}, "nothing is ranked"
     schedule = plan.schedule([(1, 48, 48)])[0]
     assert outs(schedule.vit) == [516, 456, 396, 336, 276]
     assert outs(schedule.llm) == [174, 72]
 
 
-@pytest.mark.parametrize("named", [Plan.paper, Plan.release, Plan.first_version, Plan.bipartite])
+@pytest.mark.parametrize("merge", ["recycle", "prune", "linear", len])
+def test_other_rules_have_layers_and_a_share_of_their_own(merge):
+    """The family's layers, and the paper's share of the encoder."""
+    plan = settle(Plan(reduction=0.875, merge=merge))
+    assert (plan.vit_layers, plan.llm_layers) == ((7, 15), (2, 8, 14))
+    assert (plan.encoder_share, plan.proportional, plan.distance_penalty) == (0.4, False, 0)
+    assert plan.scored_at == {2: 2, 8: 8, 14: 14}
+
+
+def test_each_stage_has_what_its_rule_has():
+    plan = settle(Plan(merge="recycle", vit_merge="bipartite"))
+    assert (plan.vit_layers, plan.llm_layers) == ((8, 12, 16, 20, 24), (2, 8, 14))
+    assert (plan.encoder_share, plan.proportional, plan.distance_penalty) == (0.6, True, 0.2)
+    plan = settle(Plan(vit_merge="prune"))
+    assert (plan.vit_layers, plan.llm_layers) == ((7, 15), (7, 14))
+    assert (plan.encoder_share, plan.proportional, plan.distance_penalty) == (0.4, False, 0.2)
+
+
+def test_what_is_said_stays():
+    said = dict(vit_layers=(1,), llm_layers=(2,), encoder_share=0.4, proportional=False, distance_penalty=0)
+    plan = settle(Plan(**said))
+    assert (plan.vit_layers, plan.llm_layers) == ((1,), (2,))
+    assert (plan.encoder_share, plan.proportional, plan.distance_penalty) == (0.4, False, 0)
+    assert not settle(Plan(), weighable=False).proportional, "where attention cannot be told, it is not"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        dict(score="attention"), dict(score="lse"), dict(score=len), dict(queries="all"), dict(members=3),
+        dict(recycled=0.2), dict(window_score="picture"), dict(vit_merge="bipartite", score="lse"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_the_rule_would_not_read_is_refused(said):
+    """A score that ranks nothing would be ignored without a word."""
+    name = [*said][-1]
+    with pytest.raises(illava.PlanError, match=f'{name}=.*ranks none; give merge="recycle"'):
+        Plan(**said)
+    assert getattr(Plan(**{**said, "merge": "recycle", "vit_merge": None}), name) == said[name]
+    assert getattr(Plan(**{**said, "vit_merge": "recycle"}), name) == said[name], "one stage reads it"
+
+
+@pytest.mark.parametrize("named", [Plan.paper, Plan.release, Plan.first_version])
 def test_named_plans_take_changes(named):
     changed = named(members=3, queries="all")
     assert (changed.members, changed.queries) == (3, "all")
@@ -204,13 +250,13 @@ def test_tokens_removed_are_limited_by_the_picture(tokens):
 @pytest.mark.parametrize(
     ("budget", "vit", "llm"),
     [
-        (dict(vit_keep_ratio=0.5), (7, 15), ()),
-        (dict(llm_keep_ratio=0.5), (), (2, 8, 14)),
-        (dict(vit_tokens_removed=3), (7, 15), ()),
-        (dict(llm_tokens_removed=3), (), (2, 8, 14)),
-        (dict(vit_tokens_removed=3, llm_tokens_removed=3), (7, 15), (2, 8, 14)),
-        (dict(reduction=0.5), (7, 15), (2, 8, 14)),
-        (dict(), (7, 15), (2, 8, 14)),
+        (dict(vit_keep_ratio=0.5), VIT, ()),
+        (dict(llm_keep_ratio=0.5), (), LLM),
+        (dict(vit_tokens_removed=3), VIT, ()),
+        (dict(llm_tokens_removed=3), (), LLM),
+        (dict(vit_tokens_removed=3, llm_tokens_removed=3), VIT, LLM),
+        (dict(reduction=0.5), VIT, LLM),
+        (dict(), VIT, LLM),
     ],
 )
 def test_a_stage_whose_budget_is_not_said_is_left_alone(budget, vit, llm):
@@ -270,8 +316,11 @@ def test_removes_nothing(settings, nothing):
         (dict(members=2.0), r"members=2\.0 is not a whole number of at least 1"),
         (dict(vit_tokens_removed=-1), r"vit_tokens_removed=-1 is not a whole number of at least 0"),
         (dict(llm_tokens_removed=True), r"llm_tokens_removed=True is not a whole number of at least 0"),
-        (dict(score="norm"), r"score='norm' is not known; choose one of 'attention', 'lse'"),
-        (dict(merge="tome"), r"merge='tome' is not known; choose one of 'recycle', 'prune', 'linear'"),
+        (dict(score="norm"), r"score='norm' is not known; choose one of None, 'attention', 'lse'"),
+        (
+            dict(merge="tome"),
+            r"merge='tome' is not known; choose one of 'bipartite', 'recycle', 'prune', 'linear'",
+        ),
         (dict(queries="cls"), r"queries='cls' is not known; choose one of 'text', 'all', 'visual', 'last'"),
         (dict(window_score="x"), r"window_score='x' is not known; choose one of 'window', 'picture'"),
         (dict(vit_layers=5), r"vit_layers=5 is a single number; give a tuple, vit_layers=\(5,\)"),
@@ -308,7 +357,9 @@ def test_one_fraction_is_no_tuple():
 
 
 def test_limits_of_the_ranges_are_allowed():
-    Plan(reduction=0, encoder_share=0, recycled=1, members=1)
+    Plan(reduction=0, encoder_share=0, recycled=1, members=1, merge="recycle")
+    Plan(distance_penalty=0)
+    Plan(distance_penalty=2)
     Plan(encoder_share=1, vit_keep_ratio=1, llm_keep_ratio=1)
     Plan(vit_tokens_removed=0, llm_tokens_removed=0)
 
@@ -357,9 +408,10 @@ def test_shares_of_the_depth_are_layers_of_each_model():
 
 def test_shares_of_the_depth_that_fall_on_one_layer():
     """A total is shared by the layers there are; what is said of each layer would be done once too few."""
-    tiny = settle(Plan((0.25, 0.375, 0.5, 0.625), reduction=0.75), vit_depth=2, llm_depth=28)
+    plan = Plan((0.25, 0.375, 0.5, 0.625), reduction=0.76, encoder_share=0.4)
+    tiny = settle(plan, vit_depth=2, llm_depth=28)
     assert tiny.vit_layers == (0, 1)
-    assert tiny.segment(1, 100).final_tokens == 25
+    assert tiny.segment(1, 100).final_tokens == 24
     ratio = Plan((0.25, 0.26), vit_keep_ratio=0.5)
     with pytest.raises(illava.PlanError, match=r"these are only \(8,\), and vit_keep_ratio is said"):
         settle(ratio)
@@ -372,7 +424,7 @@ def test_layers_are_settled_in_ascending_order():
 
 
 @pytest.mark.parametrize(
-    "plan", [Plan(), Plan.paper(0.889), Plan.release(), Plan.first_version(), Plan.bipartite(), Plan((), ())]
+    "plan", [Plan(), Plan.paper(0.889), Plan.release(), Plan.first_version(), Plan((), ())]
 )
 def test_round_trip_through_json(plan):
     """JSON turns tuples into lists; the plan turns them back."""
@@ -401,15 +453,19 @@ def test_plans_are_frozen():
             Plan.paper(0.889),
             ["[5, 9, 13] of 32", "[2, 8, 14] of 28", "reduction 88.9%", "share 40%", "recycle"],
         ),
-        (Plan(), ["[7, 15] of 32", "reduction 66.7%", "score attention"]),
-        (Plan(vit_merge="bipartite"), ["recycle (bipartite in the encoder), score attention"]),
-        (Plan(merge="bipartite", distance_penalty=0.2), ["bipartite, 0.2 less alike where apart, score"]),
+        (Plan(), ["[8, 12, 16, 20, 24] of 32", "reduction 66.7%", "share 60%", "bipartite, 0.2 less alike"]),
+        (Plan(merge="recycle"), ["[7, 15] of 32", "share 40%; recycle, score attention"]),
+        (
+            Plan(merge="recycle", vit_merge="bipartite"),
+            ["recycle (bipartite in the encoder), 0.2 less alike where apart, score attention"],
+        ),
         (Plan.release(), ["[19, 21, 23, 25] of 28", "keep ratio 0.85 in the encoder, 0.9", "score lse"]),
         (Plan.first_version(), ["92 tokens removed per encoder layer, 108 per LLM layer", "linear"]),
     ],
 )
 def test_a_settled_plan_prints_its_numbers(plan, parts):
     assert [p for p in parts if p not in str(settle(plan))] == []
+    assert ("score" in str(settle(plan))) is (plan != Plan()), "the default ranks nothing"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionConfig,
 
 import illava
 from contract import one_hot
+from contract.recorder import options
 from contract.tools import trace
 from references import core
 from references import minicpmv2_6 as reference
@@ -19,15 +20,16 @@ pytestmark = pytest.mark.family("minicpmv")
 
 LAYERS = dict(vit_layers=(0, 1, 2), llm_layers=(0, 2))
 PLANS = {
-    "paper": dict(reduction=0.667),
-    "deep": dict(reduction=0.889, recycled=0.3, members=3),
-    "encoder alone": dict(vit_layers=(1, 3), llm_layers=(), reduction=0.6),
-    "decoder alone": dict(vit_layers=(), llm_layers=(1, 3), reduction=0.8, queries="all"),
+    "default": dict(reduction=0.778),
+    "paper": dict(reduction=0.667, merge="recycle"),
+    "deep": dict(reduction=0.889, merge="recycle", recycled=0.3, members=3),
+    "encoder alone": dict(vit_layers=(1, 3), llm_layers=(), reduction=0.6, merge="recycle"),
+    "decoder alone": dict(vit_layers=(), llm_layers=(1, 3), reduction=0.8, merge="recycle", queries="all"),
     "prune": dict(reduction=0.778, merge="prune"),
     "linear": dict(reduction=0.778, merge="linear", queries="visual"),
-    "lse": dict(reduction=0.667, score="lse"),
-    "bipartite": dict(reduction=0.778, vit_merge="bipartite"),
-    "ratios": dict(vit_keep_ratio=0.7, llm_keep_ratio=0.6, queries="last"),
+    "lse": dict(reduction=0.667, merge="recycle", score="lse"),
+    "bipartite": dict(reduction=0.778, merge="recycle", vit_merge="bipartite", distance_penalty=0.0),
+    "ratios": dict(vit_keep_ratio=0.7, llm_keep_ratio=0.6, merge="recycle", queries="last"),
 }
 START, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 # One slice: 8 x 8 patches. Four slices of 5 x 14 and 8 x 8; seven of 10 x 6 and 8 x 8; one of 11 x 6.
@@ -104,10 +106,6 @@ def removed_by(plan):
     )
 
 
-def options(settings):
-    return {name: settings[name] for name in reference.Options.__annotations__ if name in settings}
-
-
 def patches_of(*pictures, processor):
     """Patches of every slice."""
     sizes = prompt(processor, pictures)["tgt_sizes"][0]
@@ -135,7 +133,7 @@ def test_logits_are_the_references(model, processor, name, plan):
     settings, inputs = LAYERS | PLANS[plan], prompt(processor, ROWS[name])
     with illava.patch(model, **settings) as handle:
         logits = logits_of(model, inputs)[0]
-    expected = reference.forward(model, inputs, *removed_by(handle.plan), **options(settings))
+    expected = reference.forward(model, inputs, *removed_by(handle.plan), **options(handle.plan))
     merging = [name for name in ("vit", "llm") if getattr(handle.plan, f"{name}_layers")]
     assert {m.stage for m in expected.merges} == set(merging)
     shown = inputs["attention_mask"][0]  # tokens it hides have logits of their own where no layer merges
@@ -150,7 +148,7 @@ def test_logits_with_eager_attention(remote_code):
     inputs = prompt(processor, ROWS["several pictures"])
     with illava.patch(model, **LAYERS, reduction=0.778) as handle:
         logits = logits_of(model, inputs)[0]
-    expected = reference.forward(model, inputs, *removed_by(handle.plan))
+    expected = reference.forward(model, inputs, *removed_by(handle.plan), **options(handle.plan))
     torch.testing.assert_close(logits, expected.logits, atol=1e-4, rtol=1e-4)
 
 
@@ -160,7 +158,9 @@ def test_generated_ids_are_the_references(model, processor, name):
     inputs = prompt(processor, ROWS[name])
     with illava.patch(model, **LAYERS, reduction=0.778) as handle:
         ids = generate(model, processor, inputs)[0].tolist()
-    expected = reference.generate(model, inputs, *removed_by(handle.plan), new_tokens=6)
+    expected = reference.generate(
+        model, inputs, *removed_by(handle.plan), new_tokens=6, **options(handle.plan)
+    )
     assert len(ids) == 6
     assert ids == expected
 
@@ -178,9 +178,9 @@ def test_a_batch_with_a_row_of_text_alone(model, processor):
         alone = row_alone(inputs, row)
         arguments = (model, alone, *removed_by(handle.plan))
         length = alone["input_ids"].shape[1]
-        expected = reference.forward(*arguments).logits
+        expected = reference.forward(*arguments, **options(handle.plan)).logits
         torch.testing.assert_close(logits[row, -length:], expected, atol=1e-4, rtol=1e-4)
-        assert ids[row].tolist() == reference.generate(*arguments, new_tokens=6)
+        assert ids[row].tolist() == reference.generate(*arguments, new_tokens=6, **options(handle.plan))
 
 
 @pytest.mark.parametrize("where", ["text before", "text after", "picture", "whole slice but one"])
@@ -197,8 +197,9 @@ def test_a_hole_in_the_mask(model, processor, where):
     with illava.patch(model, **LAYERS, reduction=0.667) as handle:
         logits, ids = logits_of(model, inputs)[0], generate(model, processor, inputs)[0].tolist()
     arguments = (model, inputs, *removed_by(handle.plan))
-    torch.testing.assert_close(logits, reference.forward(*arguments).logits, atol=1e-4, rtol=1e-4)
-    assert ids == reference.generate(*arguments, new_tokens=6)
+    expected = reference.forward(*arguments, **options(handle.plan)).logits
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert ids == reference.generate(*arguments, new_tokens=6, **options(handle.plan))
 
 
 @pytest.mark.capability("features first")
@@ -213,7 +214,9 @@ def test_precomputed_features(model, processor):
         assert {(p.grid, p.tokens, p.entered_tokens) for p in pictures} == {(None, QUERIES, QUERIES)}
         assert all(p.final_tokens == 4 for p in pictures)
         others = generate(model, processor, inputs, vision_hidden_states=plain)
-    seen = reference.generate(model, inputs, lambda n: {}, removed_by(handle.plan)[1], new_tokens=6)
+    seen = reference.generate(
+        model, inputs, lambda n: {}, removed_by(handle.plan)[1], new_tokens=6, **options(handle.plan)
+    )
     assert others[0].tolist() == seen
 
 
@@ -245,7 +248,7 @@ def test_half_precision(remote_code, dtype):
 # ---------------------------------------------------------------- provenance
 
 
-def looks(model, monkeypatch, inputs, handle, settings):
+def looks(model, monkeypatch, inputs, handle):
     """A `Follower` of the reference, and of each slice how its resampler's queries look at patches."""
     merges, found = one_hot.Follower(reference, monkeypatch), []
     attend, resample = reference.attend, reference.resample
@@ -261,7 +264,7 @@ def looks(model, monkeypatch, inputs, handle, settings):
             return resample(resampler, x, patches, width)
 
     monkeypatch.setattr(reference, "resample", resampled)
-    reference.forward(model, inputs, *removed_by(handle.plan), **options(settings))
+    reference.forward(model, inputs, *removed_by(handle.plan), **options(handle.plan))
     sizes = [h * w for h, w in inputs["tgt_sizes"][0].tolist()]
     nothing = torch.zeros(QUERIES)
     return merges, [
@@ -278,7 +281,7 @@ def test_provenance_through_the_resampler(model, processor, monkeypatch, plan, s
     with illava.patch(model, trace=True, **settings) as handle:
         logits_of(model, inputs)
         own = handle.report.provenance
-    merges, reads = looks(model, monkeypatch, inputs, handle, settings)
+    merges, reads = looks(model, monkeypatch, inputs, handle)
     pictures = [("image", p.frames, 1) for p in own]
     order = list(range(len(own)))
     found = one_hot.expected("minicpmv", model, inputs, merges, pictures, order, handle.plan, reads)

@@ -20,7 +20,7 @@ from zoo.common import Image
 
 FAMILIES = ("qwen2_5_vl", "internvl")
 PATCHING = [name for name, rival in RIVALS.items() if rival.plan_of is not None]
-OURS = ["illava", "illava paper", "illava bipartite"]
+OURS = ["illava", "illava recycle", "illava paper"]
 EXACT = [name for name in PATCHING if name not in (*OURS, "random")]
 ONE = {"qwen2_5_vl": [[5, Image(140, 168, 1), 7]], "internvl": [[4, Image(100, 90, 3), 6]]}
 each_family = pytest.mark.parametrize("family", FAMILIES)

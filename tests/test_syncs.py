@@ -140,8 +140,8 @@ LAYOUTS = {
 def test_merging_in_the_encoder(device, layout):
     plan = resolve(
         Plan((0, 1), (), 0.5),
-        vit_default=(),
-        llm_default=(),
+        vit_ranked=(),
+        llm_ranked=(),
         vit_depth=4,
         llm_depth=4,
         merge_size=layout.side,
@@ -182,7 +182,7 @@ def test_merging_in_windows(device, monkeypatch, implementation):
     monkeypatch.setattr(vision_scores, "varlen_attention_received", received)
     layout = Layout(((1, 8, 8), (1, 8, 12)), 2)
     plan = resolve(
-        Plan((0, 1, 2), (), 0.5), vit_default=(), llm_default=(), vit_depth=4, llm_depth=4, merge_size=2
+        Plan((0, 1, 2), (), 0.5), vit_ranked=(), llm_ranked=(), vit_depth=4, llm_depth=4, merge_size=2
     )
     call = VisionCall(plan, Windowed, layout, CUDA, implementation, plan_id=-7)
     hooks = EncoderHooks(SimpleNamespace(plan=plan, seams=Windowed, fast_windows=False, number=-7))
@@ -203,13 +203,14 @@ def test_merging_in_windows(device, monkeypatch, implementation):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("queries", ["text", "all", "visual", "last"])
+@pytest.mark.parametrize("queries", ["text", "all", "visual", "last", "none, by likeness"])
 def test_merging_in_the_language_model(device, monkeypatch, padded, queries):
     """One transfer when the decoder is entered, and no other until it is left."""
     transfers, length = [], 40
     monkeypatch.setattr(language_entry, "to_host", lambda x: transfers.append(x.shape) or x)
+    ranked = {} if "likeness" in queries else {"merge": "recycle", "queries": queries}
     plan = resolve(
-        Plan((), (0, 1), 0.5, queries=queries), vit_default=(), llm_default=(), vit_depth=4, llm_depth=3,
+        Plan((), (0, 1), 0.5, **ranked), vit_ranked=(), llm_ranked=(), vit_depth=4, llm_depth=3,
         merge_size=2, scoring_layers=frozenset(range(3)),
     )  # fmt: skip
     seams = SimpleNamespace(
@@ -225,6 +226,7 @@ def test_merging_in_the_language_model(device, monkeypatch, padded, queries):
         call = LanguageCall(
             plan, seams, torch.zeros(2, length, 32), visual, mask if padded else None, 0, "sdpa", 0
         )
+    call.grids = [(1, 4, 5)] * 2
     assert transfers == [(2 + 2 * padded, 2, length)]
     first = call.stages[0]
     first.positions, first.entry = (torch.empty_like(x, device=CUDA) for x in (first.positions, first.entry))

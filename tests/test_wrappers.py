@@ -6,7 +6,7 @@ import torch
 import illava
 import tiny
 
-PLAN = dict(vit_layers=(0, 1), llm_layers=(0, 2), reduction=0.7, recycled=0.3)
+PLAN = dict(vit_layers=(0, 1), llm_layers=(0, 2), reduction=0.7, merge="recycle", recycled=0.3)
 INPUTS = ("one picture", "batch")
 
 

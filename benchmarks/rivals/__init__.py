@@ -48,8 +48,8 @@ RIVALS: dict[str, Rival] = {
         aim.RIVAL,
         feather.RIVAL,
         ours.ILLAVA,
+        ours.RECYCLE,
         ours.PAPER,
-        ours.BIPARTITE,
     )
 }
 ABSENT: dict[str, str] = {"AdaFV": adafv.REASON}

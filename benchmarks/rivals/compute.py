@@ -54,16 +54,18 @@ def area(model: nn.Module, rival: Rival, *, visual_tokens: int, final_ratio: flo
     return spent / ((depth + len(seams.layers)) * visual_tokens)
 
 
-def match_compute(model: nn.Module, rival: Rival, *, visual_tokens: int, target: float) -> Match:
+def match_compute(
+    model: nn.Module, rival: Rival, *, visual_tokens: int, target: float, frames: int = 1
+) -> Match:
     """The final ratio at which a rival's area is nearest to `target`, without passing it.
 
     Args:
-        visual_tokens: of the picture; areas are nearly the same for others.
-        target: area, for example `area(model, RIVALS["illava"], ...)`.
+        visual_tokens, frames: of the picture, as of `area`.
+        target: area, for example `area(model, RIVALS["illava recycle"], ...)`.
     """
 
     def at(ratio: float) -> float:
-        return area(model, rival, visual_tokens=visual_tokens, final_ratio=ratio)
+        return area(model, rival, visual_tokens=visual_tokens, final_ratio=ratio, frames=frames)
 
     low, high = 1 / visual_tokens, 1.0
     least = at(low)

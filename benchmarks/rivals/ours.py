@@ -1,9 +1,9 @@
-"""illava itself: its defaults, the paper's plan at the same relative depth, and `Plan.bipartite()`.
+"""illava itself: its default, the paper's rule as illava places it, and the paper's plan.
 
-The readers' encoders have 8 blocks where the paper's has 32. The same relative depth begins at block 1,
-behind which a token knows little of its picture yet. The third plan makes one of those tokens whose features
-are most alike, however little attention they receive, and merges later; it was chosen on the validation
-split (`--methods likeness bipartite distance`).
+The default makes one of those tokens whose features are most alike, however little attention they receive;
+it was chosen on the validation split (`--methods likeness bipartite distance`). The other two rank tokens by
+attention. The readers' encoders have 8 blocks where the paper's has 32: the paper's relative depth begins at
+block 1, behind which a token knows little of its picture yet.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ def default(seams: Seams, final_ratio: float) -> Plan:
     return Plan(reduction=1 - final_ratio)
 
 
+def recycle(seams: Seams, final_ratio: float) -> Plan:
+    return Plan(reduction=1 - final_ratio, merge="recycle")
+
+
 def paper(seams: Seams, final_ratio: float) -> Plan:
     return Plan.paper(
         1 - final_ratio,
@@ -27,11 +31,13 @@ def paper(seams: Seams, final_ratio: float) -> Plan:
     )
 
 
-def bipartite(seams: Seams, final_ratio: float) -> Plan:
-    return Plan.bipartite(1 - final_ratio)
-
-
 EQUAL_STEPS = "Layers remove equal whole numbers, so the final tokens are within half a token per layer."
-ILLAVA = Rival("illava", "this package's defaults", "both", EQUAL_STEPS, default)
+ILLAVA = Rival("illava", "this package's default", "both", EQUAL_STEPS, default)
+RECYCLE = Rival(
+    "illava recycle",
+    'the paper\'s rule, `merge="recycle"`, where illava has it merge',
+    "both",
+    EQUAL_STEPS,
+    recycle,
+)
 PAPER = Rival("illava paper", "iLLaVA, ICLR 2026, section 4.1: `Plan.paper()`", "both", EQUAL_STEPS, paper)
-BIPARTITE = Rival("illava bipartite", "this package's `Plan.bipartite()`", "both", EQUAL_STEPS, bipartite)

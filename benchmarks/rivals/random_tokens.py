@@ -27,7 +27,7 @@ def plan(seams: Seams, final_ratio: float) -> Plan:
 
 RIVAL = Rival(
     "random",
-    "the control: illava's layers and budget, units drawn at random, the rest dropped",
+    "the control: layers and budget of `illava recycle`, units drawn at random, the rest dropped",
     "both",
     "The draw is fixed for a number of units and a layer, so that a picture alone and in a batch loses "
     "the same ones.",

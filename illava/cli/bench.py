@@ -41,6 +41,7 @@ def command(
     vit_layers: o.VitLayers = None,
     llm_layers: o.LlmLayers = None,
     encoder_share: o.EncoderShare = None,
+    merge: o.Merge = None,
     plan_files: o.PlanFiles = None,
     random_weights: Annotated[
         bool,
@@ -62,7 +63,7 @@ def command(
     as_json: o.Json = False,
 ) -> None:
     with finishing():
-        plans = o.plans_of(reduction, vit_layers, llm_layers, encoder_share, plan_files)
+        plans = o.plans_of(reduction, vit_layers, llm_layers, encoder_share, merge, plan_files)
         height, width = _sides(size)
         o.output_file("--plot", plot)
         if plot.suffix.lower() not in (".png", ".svg", ".pdf"):

@@ -35,6 +35,7 @@ def command(
     vit_layers: o.VitLayers = None,
     llm_layers: o.LlmLayers = None,
     encoder_share: o.EncoderShare = None,
+    merge: o.Merge = None,
     plan_files: o.PlanFiles = None,
     max_new_tokens: o.MaxNewTokens = 64,
     results: Annotated[
@@ -49,7 +50,7 @@ def command(
     as_json: o.Json = False,
 ) -> None:
     with finishing():
-        plans = o.plans_of(reduction, vit_layers, llm_layers, encoder_share, plan_files)
+        plans = o.plans_of(reduction, vit_layers, llm_layers, encoder_share, merge, plan_files)
         from illava import jobs
         from illava.cli.data import first_items
         from illava.evaluate.loading import check

@@ -9,7 +9,7 @@ import typer
 from illava.cli import options as o
 from illava.cli.console import busy, finishing, out, print_json
 
-_HELP = """The architectures illava knows, their merge units and default layers.
+_HELP = """The architectures illava knows, their merge units, and where `merge="recycle"` merges.
 
 `illava models MODEL` shows the default plan of one checkpoint, from its config alone, and what becomes of a
 picture under it."""

@@ -22,6 +22,15 @@ class Engine(str, Enum):
     ray = "ray"
 
 
+class Rule(str, Enum):
+    """How tokens merge, as `illava.Plan` says it."""
+
+    bipartite = "bipartite"
+    recycle = "recycle"
+    prune = "prune"
+    linear = "linear"
+
+
 _MODEL, _PLAN, _DATA, _JOB = "Model", "Plan", "Data", "Job"
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or a name on the hub.")]
@@ -59,7 +68,7 @@ VitLayers = Annotated[
     str | None,
     typer.Option(
         help='Encoder blocks that merge, from 0: "7,15", or shares of the depth: "0.25,0.5"; "none"; '
-        '"output" for what the last block puts out. By default the family\'s own, see `illava models`.',
+        '"output" for what the last block puts out. By default the rule\'s own, see `illava models`.',
         rich_help_panel=_PLAN,
     ),
 ]
@@ -69,7 +78,18 @@ LlmLayers = Annotated[
 ]
 EncoderShare = Annotated[
     float | None,
-    typer.Option(help="Share of the removed tokens that the encoder removes; 0.4.", rich_help_panel=_PLAN),
+    typer.Option(
+        help="Share of the removed tokens that the encoder removes; 0.6, or 0.4 where it ranks them.",
+        rich_help_panel=_PLAN,
+    ),
+]
+Merge = Annotated[
+    Rule | None,
+    typer.Option(
+        help="bipartite (the default) makes one of tokens that are most alike; the others rank them by "
+        "attention: recycle is the paper's rule, prune drops the rest, linear is its first version's.",
+        rich_help_panel=_PLAN,
+    ),
 ]
 PlanFile = Annotated[
     Path | None,
@@ -147,6 +167,7 @@ def plan_of(
     vit_layers: str | None,
     llm_layers: str | None,
     encoder_share: float | None,
+    merge: Rule | None = None,
     file: Path | None = None,
 ) -> Plan:
     """The plan that the options of a command say.
@@ -160,6 +181,7 @@ def plan_of(
         "vit_layers": _layers("--vit-layers", vit_layers, OUTPUT),
         "llm_layers": _layers("--llm-layers", llm_layers, INPUT),
         "encoder_share": encoder_share,
+        "merge": None if merge is None else merge.value,
     }
     said = {name: value for name, value in settings.items() if value is not None}
     if file is None:
@@ -175,6 +197,7 @@ def plans_of(
     vit_layers: str | None,
     llm_layers: str | None,
     encoder_share: float | None,
+    merge: Rule | None,
     files: Sequence[Path] | None,
 ) -> dict[str, Plan]:
     """The plans that the options of a command say, by name; those of `REDUCTIONS` where they say none.
@@ -184,9 +207,11 @@ def plans_of(
     """
     chosen = reductions if reductions or files else REDUCTIONS
     if files and not reductions:
-        plan_of(None, vit_layers, llm_layers, encoder_share, files[0])  # a file and other options at once
+        plan_of(
+            None, vit_layers, llm_layers, encoder_share, merge, files[0]
+        )  # a file and other options at once
     plans = {
-        f"{100 * reduction:.6g} %": plan_of(reduction, vit_layers, llm_layers, encoder_share)
+        f"{100 * reduction:.6g} %": plan_of(reduction, vit_layers, llm_layers, encoder_share, merge)
         for reduction in chosen or ()
     }
     return plans | {str(file): read_plan(file) for file in files or ()}

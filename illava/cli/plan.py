@@ -20,7 +20,7 @@ word for word. With 40 items or more, half of them choose the plan and the other
 `--max-tokens 512` among those that leave at most 512 visual tokens of a prompt.
 
 Prints the plan as Python and as JSON, which `illava.patch(model, plan=...)` and `--plan FILE.json` read
-back, and times it against the unpatched model and against the family's default layers at equal
+back, and times it against the unpatched model and against the default plan at equal
 agreement."""
 
 
@@ -91,7 +91,7 @@ def command(
         else:
             out.print(plan_table(found))
             if (faster := found.faster_than_default) is not None:
-                out.print(f"{faster:.2f} times faster than the default layers at equal agreement, measured")
+                out.print(f"{faster:.2f} times faster than the default at equal agreement, measured")
             out.print(f"\n{describe(plan)}", markup=False, highlight=False, soft_wrap=True)
             out.print(plan.to_json(), markup=False, highlight=False, soft_wrap=True)
         if not found.unseen and not found.interrupted:

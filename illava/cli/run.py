@@ -44,6 +44,7 @@ def command(
     vit_layers: o.VitLayers = None,
     llm_layers: o.LlmLayers = None,
     encoder_share: o.EncoderShare = None,
+    merge: o.Merge = None,
     plan_file: o.PlanFile = None,
     max_new_tokens: o.MaxNewTokens = 256,
     compare: Annotated[bool, typer.Option("--compare", help="Show the unpatched model beside it.")] = False,
@@ -63,7 +64,7 @@ def command(
     if data and compare:
         raise typer.BadParameter("--compare is for one prompt; for many, see `illava fidelity`")
     with finishing(f"{results} holds what was answered; the same command goes on" if data else ""):
-        plan = o.plan_of(reduction, vit_layers, llm_layers, encoder_share, plan_file)
+        plan = o.plan_of(reduction, vit_layers, llm_layers, encoder_share, merge, plan_file)
         loading = {"device": device, "dtype": dtype, "attn": attn}
         if data:
             job: dict[str, Any] = {

@@ -116,7 +116,7 @@ def _share(estimate: Estimate) -> str:
 
 
 def plan_table(found: Found) -> Table:
-    """The plan that was found, beside the default layers and the unpatched model."""
+    """The plan that was found, beside the default and the unpatched model."""
     seen = "that had no part in the search" if found.unseen else "that it was chosen on"
     table = Table(
         title=f"{found.tried} runs of plans; agreement on {found.items} answers {seen}",
@@ -130,12 +130,12 @@ def plan_table(found: Found) -> Table:
         measured = {row.name: row.figures["ttft_ms"] for row in found.speed.rows if row.figures}
     table.add_row("unpatched", "100 %", f"{found.largest:,}", "1.00x", *_time(measured.get("unpatched")))
     if found.as_strong is not None:
-        table.add_row(*_choice("default layers", found.as_strong, None))
+        table.add_row(*_choice(DEFAULT, found.as_strong, None))
         if found.default is None:
-            table.add_row("default layers, fewer removed", Text("none agrees as asked for", style="yellow"))
+            table.add_row(f"{DEFAULT}, fewer removed", Text("none agrees as asked for", style="yellow"))
         else:
-            table.add_row(*_choice("default layers", found.default, measured.get(DEFAULT)))
-    table.add_row(*_choice("this plan", found.best, measured.get(BEST)), style="bold")
+            table.add_row(*_choice(DEFAULT, found.default, measured.get(DEFAULT)))
+    table.add_row(*_choice(BEST, found.best, measured.get(BEST)), style="bold")
     return table
 
 
@@ -155,7 +155,8 @@ def models_table(rows: Mapping[str, About], versions: Mapping[str, Any]) -> Tabl
     """Every architecture."""
     table = Table(
         title=", ".join(f"{name} {version}" for name, version in versions.items()),
-        caption="layers count from 0; `illava models MODEL` shows those of one checkpoint",
+        caption='layers are where merge="recycle" merges, from 0; the default does at a quarter to three '
+        "quarters of any encoder, a quarter and half of any decoder; `illava models MODEL` shows where",
         title_justify="left", caption_justify="left",
     )  # fmt: skip
     for name in (

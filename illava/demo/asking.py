@@ -18,6 +18,7 @@ from transformers.video_utils import VideoMetadata
 
 from illava.demo.media import Clip, Picture
 from illava.errors import DemoError
+from illava.families import family_of
 from illava.generation import GREEDY, cache_bytes, processed
 from illava.memory import is_memory
 from illava.patching import patch
@@ -77,6 +78,7 @@ class Asker:
         self._closing = threading.Event()
         with patch(model) as handle:
             self.default = handle.plan
+        self.settle = family_of(model.config.model_type, type(model).__name__).find_seams(model).settle
 
     def warm_up(self, prompt: Prompt) -> None:
         """Answer once on both sides, so that the first user's times are not those of a cold start."""

@@ -12,8 +12,8 @@ from illava.plan import Plan
 from illava.schedule import ModelPlan
 
 RULES = {
-    "recycle: recycled tokens take in dropped ones (default)": "recycle",
-    "bipartite: join tokens that are most alike": "bipartite",
+    "bipartite: join tokens that are most alike (default)": "bipartite",
+    "recycle: the paper's, recycled tokens take in dropped ones": "recycle",
     "prune: drop the rest": "prune",
     "linear: the paper's first version": "linear",
 }
@@ -32,7 +32,10 @@ REDUCTION = 77.8  # per cent, the middle one of the paper's three
 
 @dataclass(frozen=True)
 class Controls:
-    """The components that say a plan, in the order `plan_of` takes their values."""
+    """The components that say a plan, in the order `plan_of` takes their values.
+
+    Layers and share are set to a rule's own when it is chosen.
+    """
 
     reduction: gr.Slider
     encoder_share: gr.Slider
@@ -45,9 +48,14 @@ class Controls:
     windows: gr.Dropdown
 
     @property
-    def choices(self) -> list[Any]:
-        """Those that are one of a few."""
-        return [self.rule, self.vit_rule, self.score, self.queries, self.windows]
+    def rules(self) -> list[Any]:
+        """Those that decide what others begin with."""
+        return [self.rule, self.vit_rule]
+
+    @property
+    def follow(self) -> list[Any]:
+        """Those that a rule sets, in the order of `own_of`."""
+        return [self.encoder_share, self.vit_layers, self.llm_layers, self.score, self.queries, self.windows]
 
     @property
     def all(self) -> list[Any]:
@@ -56,13 +64,13 @@ class Controls:
 
 
 def draw_controls(default: ModelPlan) -> Controls:
-    """The components, set to a model's default plan."""
+    """The components, set to a model's default plan, which ranks no tokens."""
     reduction = gr.Slider(
         0, 95, REDUCTION, step=0.1, label="reduction, %", elem_id="reduction",
         info="share of the visual tokens gone after the last merge; the paper's: 66.7, 77.8, 88.9",
     )  # fmt: skip
     share = gr.Slider(
-        0, 100, 100 * default.settings.encoder_share, step=1, label="encoder share, %",
+        0, 100, 100 * default.encoder_share, step=1, label="encoder share, %",
         elem_id="encoder-share",
         info="how much of that the vision encoder removes; the language model removes the rest",
     )  # fmt: skip
@@ -73,21 +81,42 @@ def draw_controls(default: ModelPlan) -> Controls:
             rule = _choice("merging rule", RULES)
             vit_rule = _choice("that of the encoder", VIT_RULES)
         with gr.Row():
-            score = _choice("tokens are ranked by", SCORES)
-            queries = _choice("in the decoder, attention of", QUERIES)
-            windows = _choice("in the encoder's windows, ranked", WINDOWS)
+            score = _choice("tokens are ranked by", SCORES, interactive=False)
+            queries = _choice("in the decoder, attention of", QUERIES, interactive=False)
+            windows = _choice("in the encoder's windows, ranked", WINDOWS, interactive=False)
     return Controls(reduction, share, vit, llm, rule, vit_rule, score, queries, windows)
 
 
 def _layers(label: str, chosen: Sequence[int], depth: int) -> gr.Dropdown:
-    inside = [layer for layer in chosen if 0 <= layer < depth]
     return gr.Dropdown(
-        [(str(layer), layer) for layer in range(depth)], value=inside, multiselect=True, label=label
-    )
+        [(str(layer), layer) for layer in range(depth)], value=_inside(chosen, depth), multiselect=True,
+        label=label,
+    )  # fmt: skip
 
 
-def _choice(label: str, choices: dict[str, str]) -> gr.Dropdown:
-    return gr.Dropdown(list(choices.items()), value=next(iter(choices.values())), label=label)
+def _inside(chosen: Sequence[int], depth: int) -> list[int]:
+    """What the list holds: not the encoder's output, nor the language model's input."""
+    return [layer for layer in chosen if 0 <= layer < depth]
+
+
+def _choice(label: str, choices: dict[str, str], *, interactive: bool = True) -> gr.Dropdown:
+    first = next(iter(choices.values()))
+    return gr.Dropdown(list(choices.items()), value=first, label=label, interactive=interactive)
+
+
+def ranks(rule: Any, vit_rule: Any) -> bool:
+    """Whether either stage ranks its tokens; by likeness none does."""
+    return {rule, rule if vit_rule == SAME else vit_rule} != {"bipartite"}
+
+
+def own_of(settled: ModelPlan, rule: Any, vit_rule: Any) -> list[Any]:
+    """What the controls that follow a rule become, from the plan settled for it."""
+    layers, depths = (settled.vit_layers, settled.llm_layers), (settled.vit_depth, settled.llm_depth)
+    return [
+        gr.update(value=100 * settled.encoder_share),
+        *(gr.update(value=_inside(x, n)) for x, n in zip(layers, depths, strict=True)),
+        *(gr.update(interactive=ranks(rule, vit_rule)) for _ in range(3)),
+    ]
 
 
 def plan_of(
@@ -113,7 +142,5 @@ def plan_of(
         encoder_share=encoder_share / 100,
         merge=rule,
         vit_merge=None if vit_rule == SAME else vit_rule,
-        score=score,
-        queries=queries,
-        window_score=windows,
+        **({"score": score, "queries": queries, "window_score": windows} if ranks(rule, vit_rule) else {}),
     )

@@ -11,7 +11,7 @@ import gradio as gr
 
 from illava.demo import cards
 from illava.demo.asking import Answer, Asker, Prompt
-from illava.demo.controls import plan_of
+from illava.demo.controls import SAME, own_of, plan_of
 from illava.demo.media import Clip, Limits, Picture, read
 from illava.demo.overlays import Overlays
 from illava.demo.sessions import Session, Sessions
@@ -95,6 +95,11 @@ class Handlers:
             yield from self._patched(session, plan_of(*controls), most, int(merge), importance)
         except Exception as error:
             yield Shown(notice=_words(error))
+
+    def follow(self, rule: Any, vit_rule: Any) -> list[Any]:
+        """What a newly chosen rule begins with: layers and share of its own."""
+        plan = Plan(merge=rule, vit_merge=None if vit_rule == SAME else vit_rule)
+        return own_of(self.asker.settle(plan), rule, vit_rule)
 
     def stop(self, request: gr.Request) -> None:
         """End the answer under way after the token that is being made."""

@@ -113,13 +113,19 @@ def draw_page(handlers: Handlers) -> gr.Blocks:
             [ask.click, question.submit], handlers.ask,
             [gallery, question, answer_tokens, *controls.all], trigger_mode="once", **busy,
         )  # fmt: skip
+        again: dict[str, Any] = {
+            "fn": handlers.ask_again, "inputs": [merge, importance, answer_tokens, *controls.all],
+            "trigger_mode": "always_last", **busy,
+        }  # fmt: skip
+        chosen = gr.on(
+            [c.input for c in controls.rules], handlers.follow, controls.rules, controls.follow, **quick
+        )
         gr.on(
             [controls.reduction.release, controls.encoder_share.release]
-            + [c.input for c in (controls.vit_layers, controls.llm_layers)]
-            + [c.input for c in controls.choices],
-            handlers.ask_again, [merge, importance, answer_tokens, *controls.all],
-            trigger_mode="always_last", **busy,
-        )  # fmt: skip
+            + [c.input for c in controls.follow[1:]],
+            **again,
+        )
+        chosen.then(**again)
         stop.click(handlers.stop, queue=False, **quick)
         gr.on(
             [merge.input, importance.input], handlers.show, [merge, importance], [overlay, stairs],

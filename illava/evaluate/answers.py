@@ -112,7 +112,7 @@ def what_fits(loaded: Loaded, inputs: dict[str, Any], plan: Plan | None) -> str:
     """Says under which stronger plan a prompt fits that did not, by trying them.
 
     Tried are stronger reductions of the plan itself; where its budget is another one, and where there is no
-    plan, those at the family's default layers.
+    plan, those of the default plan.
     """
     asked, base = 0.0, Plan()
     how = "under illava.Plan(reduction={0:.3f}), which is --reduction {0:.3f} alone, the prompt fits"

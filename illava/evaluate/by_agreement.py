@@ -17,7 +17,7 @@ from illava.evaluate.found import Choice
 from illava.evaluate.judge import Judge
 from illava.evaluate.search_space import ENCODER_REMOVES, Candidate
 
-# Reductions of the family's default layers, from the strongest to the mildest.
+# Reductions of the default plan, from the strongest to the mildest.
 DEFAULTS = (0.95, 0.889, 0.778, 0.667, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 
 
@@ -31,8 +31,8 @@ class Cheapest:
 
     Attributes:
         best: the cheapest that holds on both halves of the data.
-        default: the family's default layers at the strongest reduction that does.
-        as_strong: these layers at the best plan's reduction, whether it holds or not.
+        default: the default plan at the strongest reduction that does.
+        as_strong: that plan at the best plan's reduction, whether it holds or not.
         held: candidates that hold on the data that chooses.
     """
 
@@ -61,10 +61,10 @@ class Cheapest:
             )
         self.best = judge.choice(found)
         row = [space.default(reduction) for reduction in DEFAULTS]
-        judge.stage("the default layers, to compare with")
+        judge.stage("the default, to compare with")
         milder = self._strongest(row)
         if milder is not None:
-            same = self._first("the default layers, to compare with", row[row.index(milder) :])
+            same = self._first("the default, to compare with", row[row.index(milder) :])
             self.default = None if same is None else judge.choice(same)
         self.as_strong = judge.choice(space.default(found.reduction))
 

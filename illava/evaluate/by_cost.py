@@ -13,7 +13,7 @@ from itertools import product
 from illava.errors import NoPlanError
 from illava.evaluate.found import Choice
 from illava.evaluate.judge import Judge
-from illava.evaluate.search_space import ENCODER_REMOVES, Candidate, Layers, Rule, Space
+from illava.evaluate.search_space import ENCODER_REMOVES, RULES, Candidate, Layers, Rule, Space
 
 SURVIVE = 3  # one of so many goes on
 _FINE = tuple(round(0.30 + 0.01 * step, 2) for step in range(69))  # 0.30 to 0.98
@@ -74,9 +74,9 @@ def as_few_as(tokens: int, pictures: Sequence[tuple[int, int]], space: Space) ->
 
 def _pairs(space: Space) -> Iterable[tuple[Layers, Rule, float, Layers]]:
     """Sets of both stages or one, their rule, and what the encoder removes."""
-    for llm, rule in product(space.decoder_layers, space.rules):
+    for llm, rule in product(space.decoder_layers, RULES):
         yield (), rule, 0.0, llm
-    yield from product(space.encoder_layers, space.rules, ENCODER_REMOVES[1::2], (*space.decoder_layers, ()))
+    yield from product(space.encoder_layers, RULES, ENCODER_REMOVES[1::2], (*space.decoder_layers, ()))
 
 
 @dataclass

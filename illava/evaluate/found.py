@@ -10,7 +10,7 @@ from illava.evaluate.statistics import Estimate
 from illava.plan import Plan
 
 # What the timed rows of `Found.speed` are called.
-DEFAULT, BEST = "default layers", "this plan"
+DEFAULT, BEST = "the default", "this plan"
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Found:
 
     Attributes:
         best: the plan.
-        default: the family's own layers at equal agreement, where agreement was asked for: the strongest
+        default: the default plan at equal agreement, where agreement was asked for: the strongest
             reduction that holds; `None` if none does.
-        as_strong: the family's own layers at the best plan's reduction, where agreement was asked for.
+        as_strong: the default plan at the best plan's reduction, where agreement was asked for.
         largest: visual tokens of the largest prompt.
         tried: how many plans were run.
         items: answers that the agreement is counted on.

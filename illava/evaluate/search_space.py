@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import product
 from typing import Any, Literal
@@ -28,16 +28,16 @@ Layers = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Rule:
-    """How both stages merge; fields as of `illava.Plan`, `proportional` where the encoder merges."""
+    """How both stages merge; fields as of `illava.Plan`."""
 
-    merge: Literal["recycle", "bipartite"] = "recycle"
-    proportional: bool = False
-    distance_penalty: float = 0.0
+    merge: Literal["recycle", "bipartite"] = "bipartite"
+    proportional: bool | None = None
+    distance_penalty: float | None = None
 
 
-# By attention, as the default does; by likeness; by likeness with neighbours first. They cost the same: of
-# those that hold the first is taken.
-RECYCLE, ALIKE, NEAR = Rule(), Rule("bipartite"), Rule("bipartite", proportional=True, distance_penalty=0.2)
+# By likeness with neighbours first, as the default does; by attention; by likeness wherever it is. They cost
+# the same: of those that hold the first is taken.
+NEAR, RECYCLE, ALIKE = RULES = (Rule(), Rule("recycle"), Rule("bipartite", False, 0.0))
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,15 @@ class Candidate:
     llm_layers: Layers
     encoder_removes: float
     reduction: float
-    rule: Rule = RECYCLE
+    rule: Rule = NEAR
 
     @property
     def plan(self) -> Plan:
         """As `illava.patch` takes it."""
-        share = Plan().encoder_share
-        if self.vit_layers and self.llm_layers and self.reduction:  # one stage alone removes everything
+        share = None  # one stage alone removes everything
+        if self.vit_layers and self.llm_layers and self.reduction:
             share = round(self.encoder_removes / self.reduction, 4)
-        rule = self.rule if self.vit_layers else replace(self.rule, proportional=False)
-        return Plan(self.vit_layers, self.llm_layers, self.reduction, share, **asdict(rule))
+        return Plan(self.vit_layers, self.llm_layers, self.reduction, share, **asdict(self.rule))
 
     @property
     def parts(self) -> tuple[Candidate, ...]:
@@ -118,14 +117,8 @@ class Space:
         self._shape = measure(self.seams)
 
     @cached_property
-    def rules(self) -> list[Rule]:
-        """Those that this encoder can follow: not every one can be told what its tokens stand for."""
-        told = self.seams.block_observed is None
-        return [replace(rule, proportional=rule.proportional and told) for rule in (RECYCLE, ALIKE, NEAR)]
-
-    @cached_property
     def encoder_layers(self) -> list[Layers]:
-        """Sets of encoder blocks: the default, single ones, neighbours, `Plan.bipartite`'s, the output.
+        """Sets of encoder blocks: both rules' defaults, single ones, neighbours, the output.
 
         Where blocks attend in windows, single ones and neighbours are of those that attend to the whole
         picture: the others cannot compare tokens of different windows.
@@ -134,31 +127,29 @@ class Space:
         inner = [block for block in full if block < depth - 1]
         if len(full) == depth:
             inner = sorted({round(place * depth) for place in _ENCODER_PLACES})
-        sets: list[Layers] = [self.seams.vit_default, *((block,) for block in inner)]
+        sets: list[Layers] = [self.seams.vit_ranked, *((block,) for block in inner)]
         sets += [pair for pair in zip(inner, inner[1:], strict=False)]
         sets.append(scale_layers(VIT_BIPARTITE, 1, depth))
         return list(dict.fromkeys([*sets, (OUTPUT,)]))
 
     @cached_property
     def decoder_layers(self) -> list[Layers]:
-        """Sets of decoder layers: the default, single ones, the default moved up, `Plan.bipartite`'s."""
+        """Sets of decoder layers: both rules' defaults, single ones, those by attention moved up."""
         depth = len(self.seams.layers)
         among = self.seams.scoring_layers
         places = nearest_layers([round(place * depth) for place in _DECODER_PLACES], among)
-        later = nearest_layers(
-            [min(depth - 2, layer + depth // 8) for layer in self.seams.llm_default], among
-        )
+        later = nearest_layers([min(depth - 2, layer + depth // 8) for layer in self.seams.llm_ranked], among)
         pair = nearest_layers(scale_layers(LLM_BIPARTITE, 1, depth), among)
-        return list(dict.fromkeys([self.seams.llm_default, *((layer,) for layer in places), later, pair]))
+        return list(dict.fromkeys([self.seams.llm_ranked, *((layer,) for layer in places), later, pair]))
 
     def encoder_only(self) -> list[list[Candidate]]:
         """For each set of blocks and rule, from the strongest to the mildest."""
-        ways = product(self.encoder_layers, self.rules)
+        ways = product(self.encoder_layers, RULES)
         return [[Candidate(x, (), e, e, rule) for e in ENCODER_REMOVES] for x, rule in ways]
 
     def decoder_only(self) -> list[list[Candidate]]:
         """For each set of layers and rule, from the strongest to the mildest."""
-        ways = product(self.decoder_layers, self.rules)
+        ways = product(self.decoder_layers, RULES)
         return [[Candidate((), x, 0.0, r, rule) for r in TOTALS] for x, rule in ways]
 
     def joined(self, encoder: Sequence[Candidate], decoder: Sequence[Candidate]) -> list[Candidate]:
@@ -171,9 +162,10 @@ class Space:
         return sorted([*encoder, *decoder, *found], key=self.cost)
 
     def default(self, reduction: float) -> Candidate:
-        """The family's default plan."""
-        removes = Plan().encoder_share * reduction
-        return Candidate(self.seams.vit_default, self.seams.llm_default, removes, reduction)
+        """illava's default plan."""
+        settled = self.seams.settle(Plan(reduction=reduction))
+        removes = settled.encoder_share * reduction
+        return Candidate(settled.vit_layers, settled.llm_layers, removes, reduction)
 
     def left(self, candidate: Candidate, pictures: Iterable[tuple[int, int]]) -> int:
         """Visual tokens left of pictures, each given as its frames and the tokens of one."""

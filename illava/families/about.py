@@ -12,7 +12,8 @@ class About:
     Attributes:
         title: as its makers write it.
         merge_unit: the patches that are kept or dropped together.
-        encoder_blocks, decoder_layers: where the default plan merges, counted from 0.
+        encoder_blocks, decoder_layers: where tokens merge by attention (`merge="recycle"`) unless layers
+            are named, counted from 0.
         transformers: versions it was run on.
     """
 

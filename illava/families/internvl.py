@@ -62,8 +62,8 @@ def find_seams(model: nn.Module) -> Seams:
         layer_attention="self_attn",
         merge_size=round(1 / config.downsample_ratio),
         full_attention_blocks=frozenset(range(len(blocks))),
-        vit_default=scale_layers(*VIT_PAPER, len(blocks)),
-        llm_default=scale_layers(*LLM_PAPER, len(layers)),
+        vit_ranked=scale_layers(*VIT_PAPER, len(blocks)),
+        llm_ranked=scale_layers(*LLM_PAPER, len(layers)),
         scoring_layers=frozenset(range(len(layers))),
     )
 

@@ -1,10 +1,11 @@
 """InternVL 2.5 by its published code (`InternVLChatModel`). Run on transformers 4.57.6 and 5.23.
 
 Recognised by its class; illava never asks for `trust_remote_code`. Tower, merge unit, pictures and
-default layers are those of `illava.families.internvl`. Its attention is its own: queries and keys are
-read off its modules, and in merging blocks S_avg is a pass of its own. `generate` (and `chat`) builds
-embeddings and hands them to the language model's `generate`, so which of them are visual is told
-there. On 5.x the published classes cannot be loaded by `from_pretrained`; `from_config` works.
+layers that merge by attention are those of `illava.families.internvl`. Its attention is its own:
+queries and keys are read off its modules, and in merging blocks S_avg is a pass of its own.
+`generate` (and `chat`) builds embeddings and hands them to the language model's `generate`, so
+which of them are visual is told there. On 5.x the published classes cannot be loaded by
+`from_pretrained`; `from_config` works.
 
 The language model must be transformers' own (Qwen2, Llama). With InternLM2 as published, which has no
 `generate` in the versions of transformers illava runs on, convert the checkpoint to
@@ -87,8 +88,8 @@ def find_seams(model: nn.Module) -> Seams:
         layer_attention="self_attn",
         merge_size=round(1 / config.downsample_ratio),
         full_attention_blocks=frozenset(range(len(blocks))),
-        vit_default=scale_layers(*VIT_PAPER, len(blocks)),
-        llm_default=scale_layers(*LLM_PAPER, len(layers)),
+        vit_ranked=scale_layers(*VIT_PAPER, len(blocks)),
+        llm_ranked=scale_layers(*LLM_PAPER, len(layers)),
         scoring_layers=frozenset(range(len(layers))),
     )
 

@@ -74,8 +74,8 @@ def find_seams(model: nn.Module) -> Seams:
         layer_attention="self_attn",
         merge_size=_unit_side(core, joins >= 0),
         full_attention_blocks=frozenset(range(len(blocks))),
-        vit_default=scale_layers(*VIT_PAPER, len(blocks)),
-        llm_default=nearest_layers(scale_layers(*LLM_PAPER, len(layers)), scoring),
+        vit_ranked=scale_layers(*VIT_PAPER, len(blocks)),
+        llm_ranked=nearest_layers(scale_layers(*LLM_PAPER, len(layers)), scoring),
         scoring_layers=scoring,
         regrid=Regrid(inner, tower.config.insert_layer_id, squeeze=_squeeze_windows),
     )

@@ -79,8 +79,8 @@ def find_seams(model: nn.Module) -> Seams:
         merge_size=1,
         dead_rows=0.0,  # the resampler norms and projects them before they are left out
         full_attention_blocks=frozenset(range(len(blocks))),
-        vit_default=scale_layers(*VIT_PAPER, len(blocks)),
-        llm_default=scale_layers(*LLM_PAPER, len(layers)),
+        vit_ranked=scale_layers(*VIT_PAPER, len(blocks)),
+        llm_ranked=scale_layers(*LLM_PAPER, len(layers)),
         scoring_layers=frozenset(range(len(layers))),
     )
 

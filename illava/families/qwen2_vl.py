@@ -4,10 +4,10 @@ Encoder: packed patches with one attention span per frame; Qwen2.5-VL attends in
 few blocks, and keeps its tokens in window order from the first block to the merger. A merge unit is
 the 2 x 2 patches the merger joins, consecutive in both orders.
 
-Default layers. LLM: the paper's 2, 8, 14 of 28, at the same relative depth. Encoder: the paper's
-5, 9, 13 of 32 for Qwen2-VL. In Qwen2.5-VL those blocks attend in windows, where every window hands
-out the same total and attention received ranks tokens only within their window; so the default is
-its first two full-attention blocks (7 and 15 of 32). `Plan.paper()` has the paper's own layers.
+Where it merges by attention. LLM: the paper's 2, 8, 14 of 28, at the same relative depth. Encoder:
+the paper's 5, 9, 13 of 32 for Qwen2-VL. In Qwen2.5-VL those blocks attend in windows, where every
+window hands out the same total and attention received ranks tokens only within their window; so it
+is the first two full-attention blocks (7 and 15 of 32). `Plan.paper()` has the paper's own layers.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def find_seams(model: nn.Module) -> Seams:
     depth, full = len(blocks), frozenset(range(len(blocks)))
     if hasattr(config, "fullatt_block_indexes"):
         full = frozenset(config.fullatt_block_indexes)
-        vit_default = tuple(sorted(b for b in full if b < depth - 1)[:2])
+        vit_ranked = tuple(sorted(b for b in full if b < depth - 1)[:2])
     else:
-        vit_default = scale_layers(*VIT_PAPER, depth)
+        vit_ranked = scale_layers(*VIT_PAPER, depth)
     merger = part(core, "visual.merger", "to put survivors back on the full grid")
     return Seams(
         model=core,
@@ -74,8 +74,8 @@ def find_seams(model: nn.Module) -> Seams:
         merge_size=config.spatial_merge_size,
         full_attention_blocks=full,
         window_patches=(getattr(config, "window_size", 0) // config.patch_size) ** 2,
-        vit_default=vit_default,
-        llm_default=scale_layers(*LLM_PAPER, len(layers)),
+        vit_ranked=vit_ranked,
+        llm_ranked=scale_layers(*LLM_PAPER, len(layers)),
         scoring_layers=frozenset(range(len(layers))),
     )
 

@@ -93,7 +93,7 @@ class Seams:
         merge_size: patches along one side of a merge unit, in the patches the encoder starts with.
         full_attention_blocks: encoder blocks that attend over a whole frame; the others attend in
             windows of `window_patches` patches.
-        vit_default, llm_default: the family's default merging layers.
+        vit_ranked, llm_ranked: where tokens merge by attention unless layers are named.
         scoring_layers: decoder layers with softmax attention, which alone can tell importance.
         dead_rows: what rows merged away hold where the encoder's output is full again: -inf, which no
             encoder writes, so that the mark travels with features through whatever is done to them; 0
@@ -117,8 +117,8 @@ class Seams:
     layers: Sequence[nn.Module]
     layer_attention: str
     merge_size: int
-    vit_default: tuple[int, ...]
-    llm_default: tuple[int, ...]
+    vit_ranked: tuple[int, ...]
+    llm_ranked: tuple[int, ...]
     full_attention_blocks: frozenset[int]
     scoring_layers: frozenset[int]
     window_patches: int = 0
@@ -146,10 +146,11 @@ class Seams:
         """
         return resolve(
             plan,
-            vit_default=self.vit_default,
-            llm_default=self.llm_default,
+            vit_ranked=self.vit_ranked,
+            llm_ranked=self.llm_ranked,
             vit_depth=len(self.blocks),
             llm_depth=len(self.layers),
             merge_size=self.merge_size,
             scoring_layers=self.scoring_layers,
+            weighable=self.block_observed is None,
         )

@@ -15,7 +15,6 @@ _MADE: dict[str, Callable[..., Plan]] = {
     "paper": Plan.paper,
     "release": Plan.release,
     "first_version": Plan.first_version,
-    "bipartite": Plan.bipartite,
 }
 
 
@@ -47,7 +46,7 @@ def plan_from_arguments(arguments: Mapping[str, Any]) -> Plan:
     Args:
         arguments: fields of `illava.Plan`. Layers and shares are numbers joined by `-` (`5-9-13`; `none` for
             none), as is a single number. `plan` names one to start from: `paper`, `release`,
-            `first_version`, `bipartite`, or a file that holds `Plan.to_json()`; other fields then change it.
+            `first_version`, or a file that holds `Plan.to_json()`; other fields then change it.
 
     Raises:
         PlanError: a setting that does not exist, or a value that none can have.

@@ -116,7 +116,7 @@ class LanguageHooks:
                 self.state.model_type,
             )  # fmt: skip
             self.state.encoded.set(None)
-            call.grids = [p.token_grid(self.seams.merge_size) for p in self.state.last.pictures]
+            call.grids = [p.token_grid for p in self.state.last.pictures]
         if not merged and not call.changes_length:
             return None
         if call.changes_length:

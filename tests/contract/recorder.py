@@ -5,7 +5,24 @@ from __future__ import annotations
 import torch
 
 from illava.language import LanguageCall
+from illava.schedule import ModelPlan
 from illava.vision import VisionCall
+
+
+def options(plan: ModelPlan) -> dict:
+    """How a plan chooses and merges, as the references take it; what is asked as `None` is settled there."""
+    asked = plan.settings
+    return dict(
+        recycled=asked.recycled,
+        members=asked.members,
+        score=asked.score or "attention",
+        merge=asked.merge,
+        queries=asked.queries,
+        window_score=asked.window_score,
+        vit_merge=asked.vit_merge,
+        proportional=plan.proportional,
+        distance_penalty=plan.distance_penalty,
+    )
 
 
 class Recorder:

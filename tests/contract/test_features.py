@@ -7,6 +7,7 @@ import torch
 
 import zoo
 from contract import tools
+from contract.recorder import options
 from illava.families.packing import pack_over_dead
 from references.llava import weights
 from zoo.common import V5
@@ -32,9 +33,10 @@ def encode(model, inputs: dict) -> tuple[dict, dict]:
 @needs_v5
 @pytest.mark.capability("features first")
 @tools.each_single_row_with_pictures
-def test_features_first_give_what_one_call_gives(family, kind):
+@tools.each_rule
+def test_features_first_give_what_one_call_gives(family, kind, settings):
     model, inputs = tools.build(family), tools.prompt_of(family, kind)
-    with tools.patch(model, family, **tools.DEEP):
+    with tools.patch(model, family, **settings):
         expected = tools.forward(model, inputs, use_cache=True)
         encoded, rest = encode(model, inputs)
         out = tools.forward(model, rest, mm_encoder_outputs=encoded, use_cache=True)
@@ -45,14 +47,15 @@ def test_features_first_give_what_one_call_gives(family, kind):
 @needs_v5
 @pytest.mark.capability("features first")
 @tools.each_single_row_with_pictures
-def test_rows_merged_away_are_marked_and_only_they(family, kind):
+@tools.each_rule
+def test_rows_merged_away_are_marked_and_only_they(family, kind, settings):
     model, inputs = tools.build(family), tools.prompt_of(family, kind)
-    with tools.patch(model, family, **tools.DEEP) as handle:
+    with tools.patch(model, family, **settings) as handle:
         encoded, _ = encode(model, inputs)
     features = [f.reshape(-1, f.shape[-1]) for out in encoded.values() for f in out.pooler_output]
     features = torch.cat(features)
     expected = zoo.reference(family).forward(
-        model, inputs, *tools.removed_by(handle.plan), recycled=0.3, members=3
+        model, inputs, *tools.removed_by(handle.plan), **options(handle.plan)
     )
     marked = features.isneginf()
     assert torch.equal(marked.all(-1), marked.any(-1))

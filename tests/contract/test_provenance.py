@@ -10,17 +10,17 @@ import illava
 import zoo
 from contract import tools
 from contract.one_hot import Follower, account, check_step, expected, same_provenance
-from contract.test_same_as_reference import options
+from contract.recorder import options
 from illava.families import qwen2_vl
 from zoo.common import V5
 
 RULES = {
     "prune": dict(reduction=0.778, merge="prune"),
     "linear": dict(reduction=0.778, merge="linear"),
-    "whole picture": dict(reduction=0.667, window_score="picture", recycled=0.4),
-    "encoder alone": dict(reduction=0.6, encoder_share=1.0, llm_layers=()),
-    "language model alone": dict(reduction=0.6, vit_layers=()),
-    "small frames keep all": dict(vit_tokens_removed=3, llm_tokens_removed=4),
+    "whole picture": dict(reduction=0.667, merge="recycle", window_score="picture", recycled=0.4),
+    "encoder alone": dict(reduction=0.6, merge="recycle", encoder_share=1.0, llm_layers=()),
+    "language model alone": dict(reduction=0.6, merge="recycle", vit_layers=()),
+    "small frames keep all": dict(vit_tokens_removed=3, llm_tokens_removed=4, merge="recycle"),
 }
 
 
@@ -31,7 +31,7 @@ def compare(family, kind, settings, monkeypatch):
         tools.forward(model, inputs)
     report = handle.report
     merges = Follower(zoo.reference(family), monkeypatch)
-    zoo.reference(family).forward(model, inputs, *tools.removed_by(handle.plan), **options(settings))
+    zoo.reference(family).forward(model, inputs, *tools.removed_by(handle.plan), **options(handle.plan))
     assert merges.merges, "the reference merged nothing: the case tests nothing"
     starts = [int(names[0]) for names in report._trace.language.tokens]
     order = sorted(range(len(starts)), key=starts.__getitem__)

@@ -6,6 +6,7 @@ import torch
 import zoo
 from contract import tools
 from contract.conversation import follow_up
+from contract.recorder import options
 
 
 def first_turn(model, family, kind):
@@ -24,10 +25,11 @@ def second_turn(family):
 @pytest.mark.capability("turns")
 @pytest.mark.parametrize("kind", ["mixed", "batch"])
 @tools.each_family
-def test_text_at_once_or_token_by_token(family, kind):
+@tools.each_rule
+def test_text_at_once_or_token_by_token(family, kind, settings):
     model, kind = tools.build(family), tools.mixed(family) if kind == "mixed" else kind
     results = []
-    with tools.patch(model, family, **tools.DEEP):
+    with tools.patch(model, family, **settings):
         for at_once in (True, False):
             first, sequences, cache = first_turn(model, family, kind)
             second = tools.prompt(family, *[[7]] * len(sequences))
@@ -49,7 +51,8 @@ def test_text_at_once_or_token_by_token(family, kind):
 
 @pytest.mark.capability("turns")
 @tools.each_family
-def test_a_padded_turn_after_a_merged_one(family):
+@tools.each_rule
+def test_a_padded_turn_after_a_merged_one(family, settings):
     """The caller's padding of a later turn is masked, though the cache holds fewer keys than tokens."""
     model = tools.build(family)
     picture = tools.pictures_of(zoo.FAMILIES[family].KINDS["one picture"])[0]
@@ -69,16 +72,17 @@ def test_a_padded_turn_after_a_merged_one(family):
 
     if rows_differ() > 1e-2:
         pytest.skip("pad between turns: the state of its linear attention runs on over padding")
-    with tools.patch(model, family, **tools.DEEP):
+    with tools.patch(model, family, **settings):
         assert rows_differ() < 1e-4
 
 
 @pytest.mark.capability("turns")
 @tools.each_family
-def test_generate_goes_on_from_a_cache(family):
+@tools.each_rule
+def test_generate_goes_on_from_a_cache(family, settings):
     """As users hold conversations: the whole text again, and the cache."""
     model = tools.build(family)
-    with tools.patch(model, family, **tools.DEEP):
+    with tools.patch(model, family, **settings):
         first, sequences, cache = first_turn(model, family, tools.mixed(family))
         second = tools.prompt(family, [5], seeds=[3])
         inputs = follow_up(model, first, sequences, second, cache)
@@ -114,10 +118,11 @@ def test_a_new_picture_when_nothing_is_removed(family, settings):
 
 @pytest.mark.capability("turns with new pictures")
 @tools.each_family
-def test_a_new_picture(family):
+@tools.each_rule
+def test_a_new_picture(family, settings):
     """The cache grows by what the plan leaves of the new turn, and what it held stays as it was."""
     model, second = tools.build(family), second_turn(family)
-    with tools.patch(model, family, **tools.DEEP) as handle:
+    with tools.patch(model, family, **settings) as handle:
         first, sequences, cache = first_turn(model, family, tools.mixed(family))
         before = [
             None if n is None else cache.layers[i].keys.clone() for i, n in enumerate(tools.held(cache))
@@ -130,7 +135,7 @@ def test_a_new_picture(family):
     assert out.logits.isfinite().all()
     assert cache.get_seq_length() == inputs["attention_mask"].shape[1]
     expected = zoo.reference(family).forward(
-        model, second, *tools.removed_by(handle.plan), recycled=0.3, members=3
+        model, second, *tools.removed_by(handle.plan), **options(handle.plan)
     )
     for layer, old in enumerate(before):
         if old is None:
@@ -142,11 +147,12 @@ def test_a_new_picture(family):
 
 @pytest.mark.capability("turns with new pictures")
 @tools.each_family
-def test_an_answer_to_a_new_picture(family):
+@tools.each_rule
+def test_an_answer_to_a_new_picture(family, settings):
     """Decoding on from the second turn: a chunk of several tokens is what the same tokens are one by one."""
     model, results = tools.build(family), []
     text = tools.prompt(family, [7], seeds=[8])
-    with tools.patch(model, family, **tools.DEEP):
+    with tools.patch(model, family, **settings):
         for cut in (1, 4):
             first, sequences, cache = first_turn(model, family, tools.mixed(family))
             inputs = follow_up(model, first, sequences, second_turn(family), cache)
@@ -171,12 +177,13 @@ def test_an_answer_to_a_new_picture(family):
 
 @pytest.mark.capability("turns with new pictures")
 @tools.each_family
-def test_pictures_after_a_padded_turn_of_text(family):
+@tools.each_rule
+def test_pictures_after_a_padded_turn_of_text(family, settings):
     """The first turn's padding lies in a cache that no merge has touched yet; nobody may see it."""
     model, results = tools.build(family), []
     first_rows = [(0, [9]), (1, [4])]
     picture = tools.pictures_of(zoo.FAMILIES[family].KINDS["one picture"])[0]
-    with tools.patch(model, family, **tools.DEEP):
+    with tools.patch(model, family, **settings):
         for group in (first_rows, first_rows[:1], first_rows[1:]):
             seeds = [seed for seed, _ in group]
             first = tools.prompt(family, *(row for _, row in group), seeds=seeds)

@@ -12,12 +12,13 @@ HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=s
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @HALVES
 @tools.each_family
-def test_same_counts_as_in_full_precision(family, dtype, attention):
+@tools.each_rule
+def test_same_counts_as_in_full_precision(family, dtype, attention, settings):
     counts = []
     for kind in (torch.float32, dtype):
         model = tools.build(family, attention, kind)
         inputs = tools.prompt_of(family, "batch", dtype=kind)
-        with tools.patch(model, family, **tools.DEEP) as handle:
+        with tools.patch(model, family, **settings) as handle:
             out = tools.forward(model, inputs, use_cache=True)
         assert out.logits.dtype == kind
         assert out.logits[inputs["attention_mask"].bool()].isfinite().all()
@@ -35,10 +36,11 @@ def test_same_counts_as_in_full_precision(family, dtype, attention):
 @pytest.mark.capability("fp16 and bf16")
 @HALVES
 @tools.each_family
-def test_generate(family, dtype):
+@tools.each_rule
+def test_generate(family, dtype, settings):
     model = tools.build(family, dtype=dtype)
     inputs = tools.prompt_of(family, "batch", dtype=dtype)
-    with tools.patch(model, family, **tools.DEEP):
+    with tools.patch(model, family, **settings):
         ids, logits, _ = tools.greedy(model, inputs)
     assert ids.shape == (len(inputs["input_ids"]), 6)
     assert logits.isfinite().all()
@@ -46,11 +48,12 @@ def test_generate(family, dtype):
 
 @pytest.mark.capability("eager and sdpa")
 @tools.each_kind_with_pictures
-def test_eager_gives_what_sdpa_gives(family, kind):
+@tools.each_rule
+def test_eager_gives_what_sdpa_gives(family, kind, settings):
     found = []
     for attention in ("sdpa", "eager"):
         model, inputs = tools.build(family, attention), tools.prompt_of(family, kind)
-        with tools.patch(model, family, **tools.DEEP):
+        with tools.patch(model, family, **settings):
             found.append(tools.greedy(model, inputs))
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-4, rtol=1e-4)
     assert torch.equal(found[0][0], found[1][0])

@@ -15,8 +15,10 @@ LAYERS = {
     name: dict(vit_layers=family.VIT_LAYERS, llm_layers=family.LLM_LAYERS)
     for name, family in zoo.FAMILIES.items()
 }
-MAIN = dict(reduction=0.667)
-DEEP = dict(reduction=0.778, recycled=0.3, members=3)
+# The paper's rule, as it is and where it recycles more; and what is merged unless a rule is named.
+MAIN = dict(reduction=0.667, merge="recycle")
+DEEP = dict(reduction=0.778, merge="recycle", recycled=0.3, members=3)
+DEFAULT = dict(reduction=0.778)
 
 # Two ways to remove nothing: no merge at all, and merges that find nothing to remove in any picture.
 NOTHING = {
@@ -109,6 +111,7 @@ def each_kind(wanted=lambda kind, rows: True):
 
 
 each_family = pytest.mark.parametrize("family", zoo.FAMILIES)
+each_rule = pytest.mark.parametrize("settings", [DEEP, DEFAULT], ids=["by attention", "by likeness"])
 each_kind_with_pictures = each_kind(lambda kind, rows: pictures_of(rows))
 each_single_row = each_kind(lambda kind, rows: len(rows) == 1)
 each_single_row_with_pictures = each_kind(lambda kind, rows: len(rows) == 1 and pictures_of(rows))
@@ -127,8 +130,8 @@ def watch_decisions(monkeypatch) -> list[tuple]:
     """Fills with every merge from now on: what was to choose from, and the decision."""
     seen = []
 
-    def decide(c, settings):
-        decision = illava.candidates.decide(c, settings)
+    def decide(c, plan):
+        decision = illava.candidates.decide(c, plan)
         seen.append((c, decision))
         return decision
 

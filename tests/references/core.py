@@ -22,6 +22,7 @@ class Options:
     window_score: str = "window"  # encoder: or "picture"
     vit_merge: str | None = None  # encoder: another rule than `merge`
     distance_penalty: float = 0.0  # "bipartite": taken from the cosine of two that are no neighbours
+    proportional: bool = False  # encoder: in merging blocks units attract as much as all they stand for
 
 
 @dataclass
@@ -102,9 +103,31 @@ def scores_of(q, k, allowed):
     return (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).masked_fill(~allowed, float("-inf"))
 
 
-def attend(q, k, v, allowed):
-    """Softmax attention with the heads joined again, `[S, H * d]`."""
-    return (scores_of(q, k, allowed).softmax(-1) @ v).transpose(0, 1).flatten(1)
+def attend(q, k, v, allowed, copies=None):
+    """Softmax attention with the heads joined again, `[S, H * d]`.
+
+    Args:
+        copies: how many tokens each key stands for, `[S]`: it is attended to as if it were there so often.
+    """
+    probs = scores_of(q, k, allowed).softmax(-1)  # [H, S, S]
+    if copies is not None:
+        probs = probs * torch.tensor(copies)
+        probs = probs / probs.sum(-1, keepdim=True)
+    return (probs @ v).transpose(0, 1).flatten(1)
+
+
+def copies_of(stand_for, g, layer, plan, options, first=0):
+    """What `attend` takes for `copies` in an encoder block: `None` where every token counts once.
+
+    Args:
+        stand_for: how many of the first units each unit alive stands for.
+        g: tokens of a unit, each of which stands for as many as its unit.
+        plan: {encoder block: units to remove}. Every block named there counts, also one that removes none.
+        first: tokens ahead of the units, as CLS: each stands for itself.
+    """
+    if not options.proportional or layer not in plan:
+        return None
+    return [1] * first + [number for number in stand_for for _ in range(g)]
 
 
 def importance_of(q, k, allowed, counted, score):
@@ -134,7 +157,8 @@ def merge_segment(
         importance: of every member, `[N * g]`.
         removed: units to remove, at least 1.
         g: members of a unit.
-        sizes: how many units each already stands for, in the language model from 1 anew; becomes that of the kept.
+        sizes: how many units each already stands for, in the language model from 1 anew; becomes that of the kept,
+            which only "bipartite" lets grow.
         stage: "vit" or "llm".
         matched: how many of the features tell by "bipartite" what is alike; `None` for all.
         where: `(frame, row, column)` of each unit, for `distance_penalty`.
@@ -176,6 +200,8 @@ def merge_segment(
             merged[unit] = (weights[:, None, None] * members).sum(0)
 
     kept = sorted(order[:keep])
+    if sizes is not None:
+        sizes[:] = [sizes[unit] for unit in kept]
     return kept, recycled, merged[kept].flatten(0, 1)
 
 

@@ -30,6 +30,7 @@ from references.core import (
     Result,
     asking_queries,
     attend,
+    copies_of,
     greedy,
     importance_of,
     merge_segment,
@@ -105,7 +106,8 @@ def see(model, pixel_values, removed_of, options):
             v = attention.v_proj(normed)
             q, k, v = (y.unflatten(-1, (heads, -1)).transpose(0, 1) for y in (q, k, v))  # [H, S, d]
             everywhere = torch.ones(len(x), len(x)).bool()  # every token of a tile sees every other
-            x = x + block.lambda_1 * attention.projection_layer(attend(q, k, v, everywhere))
+            copies = copies_of(sizes[tile], G, layer, removed, options, first=1)
+            x = x + block.lambda_1 * attention.projection_layer(attend(q, k, v, everywhere, copies))
             if removed.get(layer, 0) > 0:
                 importance = importance_of(q, k, everywhere, everywhere, options.score)  # CLS asks too
                 kept, recycled, features = merge_segment(

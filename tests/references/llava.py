@@ -33,6 +33,7 @@ from references.core import (
     Result,
     asking_queries,
     attend,
+    copies_of,
     greedy,
     importance_of,
     merge_segment,
@@ -124,6 +125,7 @@ def encode_tile(model, pixels, removed, segment, source, options):
         first = 1  # row 0 is CLS, which is never a candidate nor a target but asks and is asked
     assert (config.vision_feature_select_strategy == "default") == bool(first)
     n_units = len(x) - first
+    side = round(n_units**0.5)
     removed = removed(n_units)
     blocks = tower.encoder.layers
     end = config.vision_feature_layer % (len(blocks) + 1)  # recorded state 0 is the input of block 0
@@ -139,12 +141,14 @@ def encode_tile(model, pixels, removed, segment, source, options):
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         everywhere = torch.ones(len(x), len(x)).bool()
-        x = x + attention.out_proj(attend(q, k, v, everywhere))
+        copies = copies_of(sizes, 1, layer, removed, options, first)
+        x = x + attention.out_proj(attend(q, k, v, everywhere, copies))
         if removed.get(layer, 0) > 0:
             importance = importance_of(q, k, everywhere, everywhere, options.score)
             kept, recycled, features = merge_segment(
-                x[first:], q[:, first:], k[:, first:], importance[first:], removed[layer], 1, options, sizes
-            )
+                x[first:], q[:, first:], k[:, first:], importance[first:], removed[layer], 1, options, sizes,
+                where=[(0, *divmod(unit, side)) for unit in units],
+            )  # fmt: skip
             numbers = [units[i] for i in kept], [units[i] for i in recycled]
             merges.append(Merge("vit", layer, segment, *numbers, features, source))
             x = torch.cat([x[:first], features])
@@ -349,9 +353,11 @@ def read(model, input_ids, prompt_length, seen, merges, removed, options):
             rows = [i for i, p in enumerate(held) if segment_of[p] == label]
             asking = asking_queries(held, segment_of, label, prompt_length, options.queries)  # [S]
             importance = importance_of(q, k, causal, causal & asking[:, None], options.score)
+            # Cropped, shrunk and pooled, tokens lie on no grid any more: neighbours are those next to each other
+            # in the prompt, so that a newline keeps the end of a line from the start of the next.
             kept, recycled, merged = merge_segment(
                 x[rows], q[:, rows], k[:, rows], importance[rows], removed[segment][layer], 1, options,
-                stood_for.setdefault(segment, [1] * len(rows)), "llm",
+                stood_for.setdefault(segment, [1] * len(rows)), "llm", where=[(0, 0, held[i]) for i in rows],
             )  # fmt: skip
             numbers = [number[held[i]] for i in rows]
             kept_numbers, recycled_numbers = [numbers[i] for i in kept], [numbers[i] for i in recycled]

@@ -43,6 +43,7 @@ from references.core import (
     Result,
     asking_queries,
     attend,
+    copies_of,
     greedy,
     importance_of,
     merge_segment,
@@ -66,7 +67,7 @@ def forward(model, inputs, vit_removed, llm_removed, **options) -> Result:
     seen, merges = see(model, inputs, vit_removed, options)
     positions = positions_of(model, inputs, len(inputs["input_ids"][0]))
     logits, read_merges, alive = read(
-        model, inputs["input_ids"][0], len(inputs["input_ids"][0]), seen, positions, llm_removed, options
+        model, inputs, inputs["input_ids"][0], seen, positions, llm_removed, options
     )
     features = torch.cat(seen["image"] + seen["video"] or [torch.empty(0)])
     return Result(logits, merges + read_merges, alive, features)
@@ -85,7 +86,7 @@ def reader(model, inputs, vit_removed, llm_removed, **options):
     def run(answer):
         ids = torch.cat([prompt, torch.tensor(answer, dtype=torch.long)])
         positions = positions_of(model, inputs, len(ids))
-        return read(model, ids, len(prompt), seen, positions, llm_removed, options)[0]
+        return read(model, inputs, ids, seen, positions, llm_removed, options)[0]
 
     return run
 
@@ -101,7 +102,7 @@ def generate(model, inputs, vit_removed, llm_removed, *, new_tokens, **options) 
 
 def see(model, inputs, removed, options):
     """Encode all segments: features of each `[units, D]` by source, and the merges block by block."""
-    fourfold = (inputs.get("downsample_mode") or model.config.downsample_mode) == "4x"
+    fourfold = is_fourfold(model, inputs)
     seen, merges = {"image": [], "video": []}, []
     for source, suffix in (("image", ""), ("video", "_videos")):
         if "pixel_values" + suffix not in inputs:
@@ -116,6 +117,11 @@ def see(model, inputs, removed, options):
             found += new_merges
         merges += sorted(found, key=lambda merge: merge.layer)  # stable: segments ascend within a block
     return seen, merges
+
+
+def is_fourfold(model, inputs):
+    """Whether a unit is 2x2 patches and not 4x4: the prompt's mode goes before the model's."""
+    return (inputs.get("downsample_mode") or model.config.downsample_mode) == "4x"
 
 
 def encode(model, pixels, h, w, fourfold, removed, segment, source, options):
@@ -144,10 +150,13 @@ def encode(model, pixels, h, w, fourfold, removed, segment, source, options):
         attention = block.self_attn
         q, k, v = heads_of(attention, block.layer_norm1(x), config.num_attention_heads)
         everything = torch.ones(len(x), len(x)).bool()
-        x = x + attention.out_proj(attend(q, k, v, everything))
+        x = x + attention.out_proj(attend(q, k, v, everything, copies_of(sizes, g, layer, removed, options)))
         if removed.get(layer, 0):
             importance = importance_of(q, k, everything, everything, options.score)
-            kept, recycled, x = merge_segment(x, q, k, importance, removed[layer], g, options, sizes)
+            where = [(0, *divmod(unit, w // side)) for unit in units]
+            kept, recycled, x = merge_segment(
+                x, q, k, importance, removed[layer], g, options, sizes, where=where
+            )
             merges.append(
                 Merge(
                     "vit",
@@ -213,17 +222,20 @@ def positions_of(model, inputs, length):
     return torch.cat([positions[:, 0], later.expand(3, -1)], dim=1)
 
 
-def read(model, input_ids, prompt_length, seen, positions, removed, options):
+def read(model, inputs, input_ids, seen, positions, removed, options):
     """Run the language model over prompt and generated tokens: logits `[L, vocab]`, the merges, who is alive where."""
     language, config = model.model.language_model, model.config.text_config
-    length = len(input_ids)
+    length, prompt_length = len(input_ids), len(inputs["input_ids"][0])
 
     # Only placeholders of the prompt are visual: a generated token is text, whatever its id.
     placeholder = {model.config.image_token_id: "image", model.config.video_token_id: "video"}
     pieces = {source: iter(seen[source]) for source in seen}
+    suffixes = {"image": "", "video": "_videos"}
+    grids = {source: iter(inputs.get("target_sizes" + suffixes[source], [])) for source in seen}
+    side = 2 if is_fourfold(model, inputs) else 4  # patches along a token
     x = language.embed_tokens(input_ids)  # [L, D]
     segment_of = [None] * length  # the segment of a visual position, None for text
-    start, sources, plans, dead = [], [], [], set()
+    start, sources, plans, columns, dead = [], [], [], [], set()
     for position in range(prompt_length):
         source = placeholder.get(int(input_ids[position]))
         if source is None or segment_of[position] is not None:
@@ -236,6 +248,7 @@ def read(model, input_ids, prompt_length, seen, positions, removed, options):
                 dead.add(position + token)
         start.append(position)
         sources.append(source)
+        columns.append(int(next(grids[source])[1]) // side)  # tokens in a line of the segment
         plans.append(removed(len(features), int((~features[:, 0].isinf()).sum())))
 
     held = [position for position in range(length) if position not in dead]  # still alive, ascending
@@ -273,6 +286,7 @@ def read(model, input_ids, prompt_length, seen, positions, removed, options):
             kept, recycled, merged = merge_segment(
                 x[rows], q[:, places], k[:, places], importance[places], plan[layer], 1, options,
                 stood_for.setdefault(segment, [1] * len(rows)), "llm",
+                where=[(0, *divmod(held[n] - start[segment], columns[segment])) for n in rows],
             )  # fmt: skip
             numbers = [held[n] - start[segment] for n in rows]
             merges.append(

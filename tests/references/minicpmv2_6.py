@@ -97,7 +97,10 @@ def encode(model, pixels, height, width, removed, segment, options):
         x = x + attention.out_proj(attend(q, k, v, everywhere))
         if removed.get(layer, 0) > 0:
             importance = importance_of(q, k, everywhere, everywhere, options.score)
-            kept, recycled, x = merge_segment(x, q, k, importance, removed[layer], 1, options, sizes)
+            where = [(0, *divmod(patch, width)) for patch in patches]
+            kept, recycled, x = merge_segment(
+                x, q, k, importance, removed[layer], 1, options, sizes, where=where
+            )
             numbers = [[patches[n] for n in group] for group in (kept, recycled)]
             merges.append(Merge("vit", layer, segment, *numbers, x, "image"))
             patches = numbers[0]
@@ -175,6 +178,7 @@ def read(model, inputs, input_ids, shown, features, removed_of, options):
             kept, recycled, merged = merge_segment(
                 x[rows], q[:, rows], k[:, rows], importance[rows], removed[segment][layer], 1, options,
                 stood_for.setdefault(segment, [1] * len(rows)), "llm",
+                where=[(0, 0, held[n]) for n in rows],  # the resampler's tokens lie on no grid
             )  # fmt: skip
             numbers = [[held[rows[n]] - start[segment] for n in group] for group in (kept, recycled)]
             merges.append(Merge("llm", layer, segment, *numbers, merged, "image"))

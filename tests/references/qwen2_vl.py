@@ -17,6 +17,7 @@ from references.core import (
     Result,
     asking_queries,
     attend,
+    copies_of,
     greedy,
     importance_of,
     merge_segment,
@@ -156,7 +157,9 @@ def encode(model, pixels, sizes, removed, source, options):
         q, k = rotate(q, angles), rotate(k, angles)  # [H, S, d]
         same_frame = same([frame[u] for u in units for _ in range(g)])  # [S, S]
         same_window = same([window[u] for u in units for _ in range(g)])
-        mixed = attend(q, k, v, same_frame if whole else same_window)
+        # Frames lie one behind the other, and all their plans name the same blocks.
+        copies = copies_of([n for own in stand_for for n in own], g, layer, plans[0], options)
+        mixed = attend(q, k, v, same_frame if whole else same_window, copies)
         x = x + block.attn.proj(mixed)
         if any(plan.get(layer, 0) for plan in plans):
             scored = same_frame if whole or options.window_score == "picture" else same_window

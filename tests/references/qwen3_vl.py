@@ -24,6 +24,7 @@ from references.core import (
     Result,
     asking_queries,
     attend,
+    copies_of,
     greedy,
     importance_of,
     merge_segment,
@@ -83,6 +84,11 @@ class Picture:
         self.features = features  # [units of all frames, D of the LLM], raster order
         self.taps = taps  # one more such table for each tap, in block order
 
+    def where(self, unit):
+        """Its `(frame, row, column)`."""
+        frame, within = divmod(unit, self.rows * self.columns)
+        return frame, *divmod(within, self.columns)
+
 
 # ---------------------------------------------------------------- encoder
 
@@ -109,12 +115,13 @@ def encode(model, pixels, grids, removed, source, options):
     g = side * side
 
     # All units of the call in raster order, one frame after the other, with the patches of a unit side by side.
-    frame, place, patches, sizes = [], [], [], []
+    frame, place, cell, patches, sizes = [], [], [], [], []
     for t, h, w in grids:
         for _ in range(t):
             cells = [(r, c) for r in range(h // side) for c in range(w // side)]
             frame += [len(sizes)] * len(cells)
             place += range(len(cells))
+            cell += cells
             patches += [
                 (r * side + i, c * side + j, h, w) for r, c in cells for i in range(side) for j in range(side)
             ]
@@ -132,7 +139,9 @@ def encode(model, pixels, grids, removed, source, options):
         q, k, v = block.attn.qkv(block.norm1(x)).reshape(len(x), 3, config.num_heads, -1).permute(1, 2, 0, 3)
         q, k = rotate(q, angles), rotate(k, angles)  # [H, S, d]
         same_frame = same([frame[u] for u in units for _ in range(g)])  # [S, S]
-        x = x + block.attn.proj(attend(q, k, v, same_frame))
+        # Frames lie one behind the other, and all their plans name the same blocks.
+        copies = copies_of([n for own in stand_for for n in own], g, layer, plans[0], options)
+        x = x + block.attn.proj(attend(q, k, v, same_frame, copies))
         if any(plan.get(layer, 0) for plan in plans):
             importance = importance_of(q, k, same_frame, same_frame, options.score)
             survivors, pieces = [], []
@@ -151,6 +160,7 @@ def encode(model, pixels, grids, removed, source, options):
                     g,
                     options,
                     stand_for[segment],
+                    where=[(0, *cell[units[n]]) for n in members],
                 )
                 numbers = [place[units[n]] for n in members]
                 merges.append(
@@ -271,9 +281,10 @@ def read(model, input_ids, prompt_length, pictures, removed, options):
             asking = asking_queries(held, segment_of, segment, prompt_length, options.queries)  # [S]
             importance = importance_of(q, k, causal, causal & asking[:, None], options.score)
             before = list(stood_for.get(segment, [1] * len(rows)))
+            where = [shown[segment].where(unit_of[held[n]]) for n in rows]
             kept, recycled, merged = merge_segment(
                 x[rows], q[:, rows], k[:, rows], importance[rows], plan[layer], 1, options,
-                stood_for.setdefault(segment, [1] * len(rows)), "llm",
+                stood_for.setdefault(segment, [1] * len(rows)), "llm", where=where,
             )  # fmt: skip
             numbers = [places[segment].index(held[n]) for n in rows]
             merges.append(
@@ -294,7 +305,7 @@ def read(model, input_ids, prompt_length, pictures, removed, options):
                 if options.merge == "bipartite":  # what is alike the tokens say, not what will be added
                     both = torch.cat([x[rows], table[numbers]], dim=1)
                     arguments = q, k, importance, plan[layer], 1, options, list(before), "llm", x.shape[1]
-                    blended = merge_segment(both, *arguments)[2][:, x.shape[1] :]
+                    blended = merge_segment(both, *arguments, where)[2][:, x.shape[1] :]
                 else:
                     _, _, blended = merge_segment(
                         table[numbers], q[:, rows], k[:, rows], importance[rows], plan[layer], 1, options
@@ -343,10 +354,9 @@ def positions(segment_of, unit_of, shown):
             following += 1
             continue
         picture = shown[segment]
-        cell = unit % (picture.rows * picture.columns)
-        row, column = divmod(cell, picture.columns)
+        _, row, column = picture.where(unit)
         found.append([following, following + row, following + column])
-        if cell == picture.rows * picture.columns - 1:  # the frame is over
+        if (row, column) == (picture.rows - 1, picture.columns - 1):  # the frame is over
             following += max(picture.rows, picture.columns)
     return torch.tensor(found).T
 

@@ -56,7 +56,7 @@ REFUSED = {
         dict(llm_layers=("input",), merge="prune"), "give a function as score",
     ),
     "the input, where nothing attends, recycled by attention": (
-        dict(llm_layers=("input",), score=evenly), "and 'prune' or a function as merge",
+        dict(llm_layers=("input",), score=evenly, merge="recycle"), "and 'prune' or a function as merge",
     ),
 }  # fmt: skip
 
@@ -81,11 +81,11 @@ def plans(draw, family: str) -> dict:
         vit = (*vit, "output")
     if (merge == "bipartite" or (callable(score) and merge != "recycle")) and draw(st.booleans()):
         llm = ("input", *llm)
-    settings = dict(vit_layers=vit, llm_layers=llm, score=score, merge=merge)
+    settings = dict(vit_layers=vit, llm_layers=llm, merge=merge)
     way = draw(st.sampled_from(["reduction", "keep_ratio", "tokens_removed", "shares"]))
     if way == "reduction":
         settings["reduction"] = draw(st.sampled_from([0.01, 0.3, 0.667, 0.889, 0.999]))
-        settings["encoder_share"] = draw(st.sampled_from([0, 0.4, 1]))
+        settings["encoder_share"] = draw(st.sampled_from([None, 0, 0.4, 1]))
     elif way == "shares":
         settings |= dict(vit_shares=shares(vit), llm_shares=shares(llm))
     else:
@@ -93,14 +93,18 @@ def plans(draw, family: str) -> dict:
         settings |= {f"{stage}_{way}": draw(st.sampled_from(values)) for stage in ("vit", "llm")}
     vit_merge = draw(st.sampled_from([None, "bipartite", "prune"]))
     if "bipartite" in (merge, vit_merge):
-        settings["distance_penalty"] = draw(st.sampled_from([0, 0, 0.2, 2]))
+        settings["distance_penalty"] = draw(st.sampled_from([None, 0, 0.2, 2]))
+    if {merge, vit_merge or merge} != {"bipartite"}:  # what only a rule that ranks tokens reads
+        settings |= dict(
+            score=score,
+            queries=draw(st.sampled_from(["text", "all", "visual", "last"])),
+            window_score=draw(st.sampled_from(["window", "picture"])),
+            recycled=draw(st.sampled_from([0.01, 0.3, 1])),
+            members=draw(st.sampled_from([1, 2, 5, 50])),
+        )
     return settings | dict(
-        queries=draw(st.sampled_from(["text", "all", "visual", "last"])),
         vit_merge=vit_merge,
-        window_score=draw(st.sampled_from(["window", "picture"])),
-        recycled=draw(st.sampled_from([0.01, 0.3, 1])),
-        members=draw(st.sampled_from([1, 2, 5, 50])),
-        proportional=draw(st.booleans()),
+        proportional=draw(st.sampled_from([None, False, True])),
         fast_windows=family.startswith(FAST) and draw(st.booleans()),
         trace=draw(st.booleans()),
     )

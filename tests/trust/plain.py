@@ -16,8 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import zoo
 from contract import tools
-
-OPTIONS = ("recycled", "members", "score", "merge", "queries", "window_score", "vit_merge")
+from contract.recorder import options
 
 
 class Plain(PreTrainedModel, GenerationMixin):
@@ -29,21 +28,19 @@ class Plain(PreTrainedModel, GenerationMixin):
         inputs: the prompts together, as the patched model is given them.
         rows: what they are made of, one list of parts for each batch row.
         plan: the handle's.
-        settings: of the patch.
     """
 
     config_class = PretrainedConfig
     main_input_name = "input_ids"
 
-    def __init__(self, model, family: str, inputs: dict, rows, plan, settings: dict) -> None:
+    def __init__(self, model, family: str, inputs: dict, rows, plan) -> None:
         super().__init__(PretrainedConfig(vocab_size=model.config.get_text_config().vocab_size))
         self.generation_config = copy.deepcopy(model.generation_config)
         self.held = torch.nn.Parameter(torch.zeros(1))  # so that it has a device
         self.prompts, self.length = inputs["input_ids"].tolist(), inputs["input_ids"].shape[1]
-        options = {name: settings[name] for name in OPTIONS if name in settings}
         self.runs = [
             zoo.reference(family).reader(
-                model, tools.prompt(family, row, seeds=[number]), *tools.removed_by(plan), **options
+                model, tools.prompt(family, row, seeds=[number]), *tools.removed_by(plan), **options(plan)
             )
             for number, row in enumerate(rows)
         ]
@@ -96,7 +93,7 @@ def plain_of(family: str, kind: str) -> Plain:
     # A model of its own tells the plan: the one that tests share may be patched by who asks.
     with tools.patch(module.build(), family, **tools.DEEP) as handle:
         plan = handle.plan
-    return Plain(tools.build(family), family, inputs_of(family, kind), rows, plan, tools.DEEP)
+    return Plain(tools.build(family), family, inputs_of(family, kind), rows, plan)
 
 
 def inputs_of(family: str, kind: str) -> dict:

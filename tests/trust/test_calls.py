@@ -10,8 +10,9 @@ import illava
 import tiny
 import zoo
 from contract import tools
+from contract.recorder import options
 from contract.test_features import encode, needs_v5
-from trust.plain import OPTIONS, each_family, inputs_of, patched, plain_of
+from trust.plain import each_family, inputs_of, patched, plain_of
 
 KIND = "one picture"
 
@@ -137,8 +138,7 @@ def chunked(family, kind, chunk):
         plan = handle.plan
     ids = inputs["input_ids"]
     first = {name: x[:, :chunk] if x.shape == ids.shape else x for name, x in inputs.items()}
-    options = {name: tools.DEEP[name] for name in OPTIONS if name in tools.DEEP}
-    run = zoo.reference(family).reader(model, first, *tools.removed_by(plan), **options)
+    run = zoo.reference(family).reader(model, first, *tools.removed_by(plan), **options(plan))
     rest, answer = ids[0, chunk:].tolist(), []
     for _ in range(6):
         answer.append(run([*rest, *answer])[-1].argmax().item())

@@ -26,8 +26,11 @@ def answers(model, inputs):
     return found
 
 
-def differing(family: str, device: str, dtype: torch.dtype, patched: bool = True) -> tuple[int, int]:
+def differing(family: str, device: str, dtype: torch.dtype, settings: dict | None) -> tuple[int, int]:
     """How many tensors there are, and how many of them a second run has other bits of.
+
+    Args:
+        settings: of the patch; `None` leaves the model alone.
 
     Deterministic mode ends with an error at operations that have no deterministic form, and fills memory that
     nobody has written yet with NaN.
@@ -38,10 +41,10 @@ def differing(family: str, device: str, dtype: torch.dtype, patched: bool = True
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
-        if not patched:
+        if settings is None:
             first, second = answers(model, inputs), answers(model, inputs)
         else:
-            with tools.patch(model, family, **tools.DEEP) as handle:
+            with tools.patch(model, family, **settings) as handle:
                 first, second = answers(model, inputs), answers(model, inputs)
                 assert handle.report.reduction > 0.6
     finally:
@@ -51,9 +54,10 @@ def differing(family: str, device: str, dtype: torch.dtype, patched: bool = True
 
 
 @pytest.mark.claim("Determinism", f"{TWICE}, on a CPU", "works", SAME)
+@tools.each_rule
 @tools.each_family
-def test_the_same_bits_on_a_cpu(family):
-    tensors, others = differing(family, "cpu", torch.float32)
+def test_the_same_bits_on_a_cpu(family, settings):
+    tensors, others = differing(family, "cpu", torch.float32, settings)
     assert tensors >= LEAST
     assert others == 0
 
@@ -72,16 +76,17 @@ def worker():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here; it runs with pytest -m gpu")
 @pytest.mark.claim("Determinism", f"{TWICE}, on CUDA", "works", SAME)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@tools.each_rule
 @tools.each_family
-def test_the_same_bits_on_cuda(family, dtype, worker):
-    def differ(**how):
-        return worker.submit(differing, family, "cuda", dtype, **how).result()
+def test_the_same_bits_on_cuda(family, settings, dtype, worker):
+    def differ(settings):
+        return worker.submit(differing, family, "cuda", dtype, settings).result()
 
     try:
-        tensors, others = differ()
+        tensors, others = differ(settings)
     except RuntimeError:  # illava's, unless the unpatched model ends with one as well
         with pytest.raises(RuntimeError, match="deterministic") as error:
-            differ(patched=False)
+            differ(None)
         pytest.skip(f"without illava, too: {str(error.value).splitlines()[0]}")
     assert tensors >= LEAST
     assert others == 0

@@ -133,7 +133,7 @@ def test_an_encoder_that_peft_saves(name):
     "gradients of LoRA adapters",
     "each adapter that has one unpatched has one; a step along them raises the loss by their length",
 )
-@pytest.mark.parametrize("merge", ["recycle", "prune"])
+@pytest.mark.parametrize("merge", ["recycle", "prune", "bipartite"])
 @faults.some_families
 def test_gradients(family, merge):
     # In double precision (but for norms and softmaxes, which transformers takes in single) the step can be so
@@ -156,7 +156,8 @@ def test_gradients(family, merge):
         return {name: g.clone() for name, g in found.items() if g.any()}
 
     unpatched = gradients()
-    with tools.patch(tuned, family, **tools.DEEP, merge=merge) as handle:
+    settings = tools.DEEP if merge == "recycle" else tools.DEFAULT | {"merge": merge}
+    with tools.patch(tuned, family, **settings) as handle:
         slopes = gradients()
         assert handle.report.reduction > 0.6
         assert set(slopes) == set(unpatched)

@@ -27,18 +27,19 @@ OTHERS = st.fixed_dictionaries(
     optional=dict(
         vit_layers=LAYERS,
         llm_layers=LAYERS,
-        encoder_share=SHARE,
+        encoder_share=st.none() | SHARE,
         recycled=OPEN,
         members=st.integers(1),
-        score=st.sampled_from(["attention", "lse"]),
+        score=st.sampled_from([None, "attention", "lse"]),
         merge=st.sampled_from(["recycle", "prune", "linear", "bipartite"]),
         vit_merge=st.sampled_from([None, "bipartite", "recycle", "prune", "linear"]),
         queries=st.sampled_from(["text", "all", "visual", "last"]),
         window_score=st.sampled_from(["window", "picture"]),
-        proportional=st.booleans(),
-        distance_penalty=st.floats(0, 2),
+        proportional=st.none() | st.booleans(),
+        distance_penalty=st.none() | st.floats(0, 2),
     ),
 )
+OF_RANKING = {"recycled", "members", "score", "queries", "window_score"}
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -54,8 +55,11 @@ NAMES = st.sampled_from(sorted(PLAN_FIELDS)) | st.text(max_size=12)
 @settings(max_examples=200)
 def test_any_plan_comes_back(budget, others):
     others |= budget  # layers, too, where they have shares
-    if "bipartite" not in (others.get("merge"), others.get("vit_merge")):
+    rules = {others.get("merge", "bipartite"), others.get("vit_merge") or others.get("merge", "bipartite")}
+    if "bipartite" not in rules:
         others.pop("distance_penalty", None)
+    if rules == {"bipartite"}:
+        others = {name: value for name, value in others.items() if name not in OF_RANKING}
     plan = Plan(**others)
     assert Plan.from_json(plan.to_json()) == plan
     assert Plan.from_dict(others) == plan
@@ -102,14 +106,17 @@ def test_anything_else_is_refused(text):
         ('{"members": 2.5}', "members=2.5 is not a whole number"),
         ('{"members": null}', "members=None says nothing; leave it out"),
         ('{"recycled": null}', "recycled=None says nothing"),
-        ('{"encoder_share": null}', "encoder_share=None says nothing"),
+        ('{"score": "lse"}', "score='lse' is of tokens ranked and merged by attention"),
         ('{"vit_layers": "57"}', "vit_layers='57' is not a tuple of layers"),
         ('{"vit_layers": {}}', "vit_layers={} is not a tuple of layers"),
         ('{"vit_layers": [[1]]}', r"vit_layers=\(\[1\],\): \[\[1\]\] are not layer numbers"),
         ('{"score": []}', r"score=\[\] is not known"),
-        ('{"distance_penalty": null}', "distance_penalty=None says nothing"),
+        ('{"queries": "all", "members": 2}', "queries='all', members=2 is of tokens ranked"),
         ('{"distance_penalty": 2.5, "merge": "bipartite"}', "distance_penalty=2.5 is outside"),
-        ('{"distance_penalty": 0.2}', "merge='recycle' does not do so; give merge=\"bipartite\" or"),
+        (
+            '{"distance_penalty": 0.2, "merge": "recycle"}',
+            "merge='recycle' does not do so; give merge=\"bipartite\" or",
+        ),
         ('{"proportional": "no"}', "proportional='no' is neither True nor False"),
         ('{"vit_layers": [1], "vit_shares": [null]}', "None is no share"),
         ('{"vit_layers": [1], "vit_shares": {}}', "is not a tuple of shares"),
