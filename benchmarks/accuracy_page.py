@@ -11,6 +11,11 @@ from readers.card import WEAK_BELOW
 
 BEGIN, END = "<!-- accuracy tables -->", "<!-- end of accuracy tables -->"
 SHOWN = ("0.8889", "0.9500")  # of pictures and of video
+COLUMNS = (
+    "`kept` is the mean over the tasks of accuracy over unpatched accuracy, with its 95 % interval; `left` "
+    "the share of the visual tokens left after the last merge; `compute` the area under visual tokens x "
+    "layers, of the unpatched model's: equal compute is not equal time."
+)
 MISSING = "A method that is missing from a table cannot compute so little: [why](docs/accuracy.md)."
 BESIDE = ("illava", "illava recycle", "illava paper")  # stand in each ablation's table, where measured
 INTRO = """\
@@ -22,10 +27,12 @@ Made by `python benchmarks/accuracy.py --show --readme` from
 The models are the readers of [`checkpoints/`](../checkpoints): small genuine models of the families named,
 trained on drawn pictures. What they show is whether a way of dropping tokens keeps what such an architecture
 needs for its answers, not how large a model's scores are. `kept` is the mean over the tasks of accuracy over
-unpatched accuracy, with its 95 % interval (bootstrap over items); `compute` is the area under visual tokens x
-layers, of the unpatched model's, each tile and frame losing whole tokens. "The same compute" is what the
-paper's rule (`illava recycle`) spends on as many tokens in one piece; no method passes it. Each method is a
-short file in [`benchmarks/rivals`](../benchmarks/rivals) that names its source.
+unpatched accuracy, with its 95 % interval (bootstrap over items); `left` is the share of the visual tokens
+after the last merge; `compute` is the area under visual tokens x layers, of the unpatched model's, each tile
+and frame losing whole tokens. Tables of one compute hold every method to what the paper's rule (`illava
+recycle`) spends, at the share removed that they name, on as many tokens in one piece; no method passes it,
+and each leaves as many tokens as it can for that. Equal compute is not equal time. Each method is a short
+file in [`benchmarks/rivals`](../benchmarks/rivals) that names its source.
 """
 # Titles of the ablations' groups, and the paper's tables they answer to.
 TITLES = {
@@ -114,11 +121,12 @@ def readme_block(rows: Sequence[Row], prefills: Sequence[Row] = ()) -> str:
     if not asked:
         return "\n".join([BEGIN, "Not measured yet.", END])
     shown = [row for row in asked if row["reduction"] in SHOWN]
-    parts = [BEGIN, measured_with([*unpatched, *asked]), "", *timed_with(prefills), *weak(unpatched)]
+    parts = [BEGIN, measured_with([*unpatched, *asked]), "", COLUMNS, ""]
+    parts += [*timed_with(prefills), *weak(unpatched)]
     parts.append(markdown([*unpatched, *shown], prefills))
     if folded := [row for row in asked if row not in shown]:
         removed = ", ".join(f"{float(share):.1%}" for share in sorted({row["reduction"] for row in folded}))
-        parts += [f"<details><summary>{removed} removed</summary>", ""]
+        parts += [f"<details><summary>The compute of {removed} removed</summary>", ""]
         parts += [markdown([*unpatched, *folded], prefills), "</details>", ""]
     return "\n".join([*parts, MISSING, END])
 

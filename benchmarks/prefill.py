@@ -17,13 +17,14 @@ both sides of a ratio. Weights are random: time does not depend on what they say
 How the default small model was chosen. It is Qwen2.5-VL-7B made narrower and shallower, not rebalanced:
 heads keep their real sizes (80 channels in the encoder, 128 in the language model), feed-forward
 networks their real ratios (2.67 and 5.29), full attention its real relative depth (every quarter, so
-the default plan merges after 1/4 and 1/2 of the encoder, as 7 and 15 of 32), windows and picture
+merging by attention does so after 1/4 and 1/2 of the encoder, as 7 and 15 of 32), windows and picture
 their real size. The encoder is about half of the operations here, 3/10 in the 7B model. It was not
-fitted to the result, and two things make it a harder case than the 7B model. Attention statistics
-grow as (patches)^2 x width while the model grows as patches x width^2, and a quarter as many layers
-share them: at 1,024 visual tokens they are some 7 % of the merged prefill's operations here, under
-1 % in the 7B model. And the fewer rows a matrix product has, the less of the CPU's peak it reaches, which
-no package can change: the efficiency lines below the table say how much that is on this machine.
+fitted to the result, and two things make it a harder case than the 7B model. Attention statistics,
+which the default does not need, grow as (patches)^2 x width while the model grows as patches x width^2,
+and a quarter as many layers share them: at 1,024 visual tokens they are some 7 % of the merged
+prefill's operations here, under 1 % in the 7B model. And the fewer rows a matrix product has, the less
+of the CPU's peak it reaches, which no package can change: the efficiency lines below the table say how
+much that is on this machine.
 
 The other families' models (prefill_models.py) are made the same way, with about a third of its operations.
 
@@ -521,8 +522,8 @@ def parse() -> argparse.Namespace:
     add("--picture", type=_picture, help=f"pixels along a side, or height x width as 448x1344{default}")
     add("--text", type=int, default=32, help="text tokens")
     add("--reduction", "--reductions", type=float, nargs="+", help="default: 0.667 0.778 0.889; all: 0.889")
-    add("--vit-layers", type=_layers, help="encoder blocks that merge, as 3,7; default: the family's")
-    add("--llm-layers-merge", type=_layers, help="decoder layers that merge; default: the family's")
+    add("--vit-layers", type=_layers, help="encoder blocks that merge, as 3,7; default: the rule's own")
+    add("--llm-layers-merge", type=_layers, help="decoder layers that merge; default: the rule's own")
     add("--rounds", type=int, default=7)
     add("--threads", type=int, default=2)
     add("--clock", choices=("wall", "cpu"), default="wall")

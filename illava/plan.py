@@ -154,14 +154,13 @@ class Plan:
 
     def _check_read(self) -> None:
         """Whether a rule reads what is said: by likeness nothing is ranked, by attention nothing compared."""
-        rules = {self.merge, self.vit_rule}
-        if self.distance_penalty and "bipartite" not in rules:
+        if self.distance_penalty and not any(self.by_likeness):
             raise PlanError(
                 f"distance_penalty={self.distance_penalty} is of tokens merged by likeness, and "
                 f'merge={self.merge!r} does not do so; give merge="bipartite" or vit_merge="bipartite", too'
             )
         said = [name for name in _OF_RANKING if getattr(self, name) != getattr(type(self), name)]
-        if said and rules == {"bipartite"}:
+        if said and all(self.by_likeness):
             values = {name: getattr(self, name) for name in said}
             given = ", ".join(f"{n}={name_of(x) if callable(x) else repr(x)}" for n, x in values.items())
             raise PlanError(
@@ -256,6 +255,11 @@ class Plan:
     def vit_rule(self) -> Any:
         """The encoder's rule."""
         return self.merge if self.vit_merge is None else self.vit_merge
+
+    @property
+    def by_likeness(self) -> tuple[bool, bool]:
+        """Whether encoder and language model merge what is alike, and rank nothing."""
+        return self.vit_rule == "bipartite", self.merge == "bipartite"
 
     @property
     def by_function(self) -> bool:

@@ -9,6 +9,11 @@ from illava.errors import PlanError
 
 
 def layer_tuple(name: str, layers: Any, place: str) -> tuple[Any, ...] | None:
+    """Layer numbers, shares of the depth and `place`, each at most once.
+
+    Raises:
+        PlanError: anything else.
+    """
     if layers is None:
         return None
     if isinstance(layers, int):
@@ -34,6 +39,11 @@ def _is_layer(layer: Any) -> bool:
 
 
 def share_tuple(name: str, shares: Any, layers: tuple[Any, ...] | None) -> tuple[float, ...] | None:
+    """One share for each of the layers, never rising.
+
+    Raises:
+        PlanError: anything else.
+    """
     if shares is None:
         return None
     if not isinstance(shares, Iterable) or isinstance(shares, (str, bytes, Mapping)):
@@ -63,6 +73,11 @@ def check_range(
     upper_open: bool = False,
     hint: str = "",
 ) -> None:
+    """Whether a number lies between `low` and `high`; `None` does.
+
+    Raises:
+        PlanError: it does not; ends with `hint`.
+    """
     if value is None:
         return
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -74,6 +89,11 @@ def check_range(
 
 
 def check_count(name: str, value: Any, *, minimum: int) -> None:
+    """Whether a value is a whole number, or `None`.
+
+    Raises:
+        PlanError: it is not, or less than `minimum`.
+    """
     if value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:

@@ -179,7 +179,7 @@ class ModelPlan:
         scores = "".join(f", {layer} scored at {at}" for layer, at in self.scored_at.items() if layer != at)
         encoder = f" ({s.vit_merge} in the encoder)" if s.vit_merge else ""
         how = f", {self.distance_penalty} less alike where apart" if self.distance_penalty else ""
-        if {s.merge, s.vit_rule} != {"bipartite"}:
+        if not all(s.by_likeness):
             how += f", score {'attention' if s.score is None else name_of(s.score)}"
         return (
             f"encoder blocks {list(self.vit_layers)} of {self.vit_depth}, decoder layers "
@@ -205,18 +205,20 @@ def resolve(
         vit_ranked, llm_ranked: layers that merge by attention where the plan names none.
         vit_depth, llm_depth: how many layers there are to choose from.
         merge_size: patches along one side of a merge unit.
-        weighable: whether the encoder's attention can be told what its tokens stand for.
         scoring_layers: decoder layers with softmax attention; `None` for all.
+        weighable: whether the encoder's attention can be told what its tokens stand for.
 
     Raises:
         PlanError: layers out of the model's range, a decoder layer with no softmax attention at or
             before it, or layers whose budget is not said.
     """
     settled: list[tuple[int, ...]] = []
-    alike = {"vit": plan.vit_rule == "bipartite", "llm": plan.merge == "bipartite"}
-    for stage, layers, ranked, places, depth in (
-        ("vit", plan.vit_layers, vit_ranked, VIT_BIPARTITE, vit_depth),
-        ("llm", plan.llm_layers, llm_ranked, LLM_BIPARTITE, llm_depth),
+    vit_alike, llm_alike = plan.by_likeness
+    vit_own = scale_layers(VIT_BIPARTITE, 1, vit_depth) if vit_alike else vit_ranked
+    llm_own = scale_layers(LLM_BIPARTITE, 1, llm_depth) if llm_alike else llm_ranked
+    for stage, layers, own, depth in (
+        ("vit", plan.vit_layers, vit_own, vit_depth),
+        ("llm", plan.llm_layers, llm_own, llm_depth),
     ):
         budgets = ("keep ratio", "tokens removed", "shares")
         key = f"{stage}_{plan.budget.replace(' ', '_')}" if plan.budget in budgets else None
@@ -227,8 +229,7 @@ def resolve(
                     f"{stage}_layers=() to leave that stage alone"
                 )
             layers = ()
-        if layers is None:
-            layers = scale_layers(places, 1, depth) if alike[stage] else ranked
+        layers = own if layers is None else layers
         beyond = [layer for layer in layers if layer not in (OUTPUT, INPUT) and layer >= depth]
         if beyond:
             raise PlanError(
@@ -243,7 +244,7 @@ def resolve(
             )
     _check_ends(plan, settled[0], settled[1], vit_depth)
     scored_at = {}
-    for layer in () if alike["llm"] else settled[1]:
+    for layer in () if llm_alike else settled[1]:
         if layer < 0:
             continue
         before = [
@@ -258,12 +259,12 @@ def resolve(
         scored_at[layer] = max(before)
     share, penalty = plan.encoder_share, plan.distance_penalty
     if share is None:
-        share = BIPARTITE_SHARE if alike["vit"] else PAPER_SHARE
+        share = BIPARTITE_SHARE if vit_alike else PAPER_SHARE
     if penalty is None:
-        penalty = BIPARTITE_DISTANCE_PENALTY if any(alike.values()) else 0.0
+        penalty = BIPARTITE_DISTANCE_PENALTY if vit_alike or llm_alike else 0.0
     return ModelPlan(
         plan, settled[0], settled[1], vit_depth, llm_depth, merge_size, share,
-        proportional=alike["vit"] and weighable if plan.proportional is None else plan.proportional,
+        proportional=vit_alike and weighable if plan.proportional is None else plan.proportional,
         distance_penalty=penalty, scored_at=scored_at,
     )  # fmt: skip
 

@@ -228,7 +228,9 @@ def test_plan_prints_what_patching_reads_back(says, data, loaded, tmp_path):
 def test_models_and_help(says):
     assert "qwen2_5_vl" in says("models")[0]
     found = json.loads(says("models", READER, "--json")[0])
-    assert (found["model_type"], found["vit_layers"]) == ("qwen2_5_vl", [1, 3])
+    assert (found["model_type"], found["vit_layers"]) == ("qwen2_5_vl", [2, 3, 4, 5, 6])
+    assert (found["merge"], found["encoder_share"]) == ("bipartite", 0.6)
+    assert "bipartite; the encoder removes 60% of what goes" in says("models", READER)[0]
     shown = says("--help")[0]
     for command in ("run", "bench", "fidelity", "plan", "models"):
         assert f"illava {command}" in shown or f" {command} " in shown

@@ -170,6 +170,9 @@ def test_layers_and_share_follow_the_rule(server):
         assert share["value"] == 100 * own.encoder_share
         assert (vit["value"], llm["value"]) == ([*own.vit_layers], [*own.llm_layers])
         assert [update["interactive"] for update in others] == [ranked] * 3
+        one = server.handlers.follow_encoder(rule, vit_rule)
+        assert one[:2] == [share, vit]
+        assert "value" not in one[2], "the decoder's layers stay as they are"
     vit, llm = (server.handlers.follow("recycle", SAME)[i]["value"] for i in (1, 2))
     default = server.handlers.asker.default
     assert vit != [*default.vit_layers]

@@ -316,7 +316,7 @@ def test_out_of_memory_says_which_plan_would_fit(loaded, items, narrow):
     # Plans that merge where it is too late: no reduction of theirs helps, and no other plan's is advised.
     with pytest.raises(illava.OutOfMemoryError, match="does not fit at reduction 0.950 either"):
         evaluate.answer(loaded, items[0], Plan((), (5,), 0.8, encoder_share=0), max_new_tokens=2)
-    # A budget that is no reduction: of the default layers, and said so.
+    # A budget that is no reduction: of the default plan, and said so.
     with pytest.raises(
         illava.OutOfMemoryError, match=r"illava.Plan\(reduction=0.889\), which is --reduction"
     ):

@@ -91,6 +91,20 @@ def test_each_stage_has_what_its_rule_has():
     assert (plan.encoder_share, plan.proportional, plan.distance_penalty) == (0.4, False, 0.2)
 
 
+@dataclasses.dataclass
+class Unhashable:
+    share: float = 0.5
+
+    def __call__(self, c, kept):
+        return kept
+
+
+def test_a_rule_that_cannot_be_hashed_is_one_as_well():
+    plan = settle(Plan(merge=Unhashable(), score=Unhashable()))
+    assert plan.scored_at == {2: 2, 8: 8, 14: 14}
+    assert "Unhashable" in str(plan)
+
+
 def test_what_is_said_stays():
     said = dict(vit_layers=(1,), llm_layers=(2,), encoder_share=0.4, proportional=False, distance_penalty=0)
     plan = settle(Plan(**said))

@@ -208,7 +208,7 @@ def test_a_search_on_real_answers(loaded, items):
 
 
 @pytest.mark.slow
-def test_at_98_percent_of_unseen_answers_the_plan_is_faster_than_the_default_layers(loaded, tmp_path):
+def test_at_98_percent_of_unseen_answers_the_plan_is_faster_than_the_default(loaded, tmp_path):
     """Half of the 40 items choose, and the other half, never seen, count.
 
     The time to the first token is compared by medians of calls in turns. It came out 2.04 times as

@@ -2,8 +2,8 @@
 
 The default makes one of those tokens whose features are most alike, however little attention they receive;
 it was chosen on the validation split (`--methods likeness bipartite distance`). The other two rank tokens by
-attention. The readers' encoders have 8 blocks where the paper's has 32: the paper's relative depth begins at
-block 1, behind which a token knows little of its picture yet.
+attention. The readers have 8 blocks and 8 layers: the paper's relative depth begins behind the second of
+each, where attention tells little yet, most of all in the language model.
 """
 
 from __future__ import annotations

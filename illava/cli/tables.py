@@ -186,6 +186,7 @@ def architecture_table(found: Architecture) -> Table:
     if found.windowed:
         table.add_row("blocks that attend in windows", str(list(found.windowed)))
     table.add_row("decoder layers that merge", f"{list(plan.llm_layers)} of {plan.llm_depth}")
+    table.add_row("rule", f"{plan.settings.merge}; the encoder removes {plan.encoder_share:.0%} of what goes")
     for side in (256, 1024, 4096):
         one = plan.segment(1, side)
         table.add_row(

@@ -48,11 +48,6 @@ class Controls:
     windows: gr.Dropdown
 
     @property
-    def rules(self) -> list[Any]:
-        """Those that decide what others begin with."""
-        return [self.rule, self.vit_rule]
-
-    @property
     def follow(self) -> list[Any]:
         """Those that a rule sets, in the order of `own_of`."""
         return [self.encoder_share, self.vit_layers, self.llm_layers, self.score, self.queries, self.windows]

@@ -101,6 +101,11 @@ class Handlers:
         plan = Plan(merge=rule, vit_merge=None if vit_rule == SAME else vit_rule)
         return own_of(self.asker.settle(plan), rule, vit_rule)
 
+    def follow_encoder(self, rule: Any, vit_rule: Any) -> list[Any]:
+        """The same of the encoder's rule, which leaves the decoder's layers as they are."""
+        share, vit_layers, _, *others = self.follow(rule, vit_rule)
+        return [share, vit_layers, gr.skip(), *others]
+
     def stop(self, request: gr.Request) -> None:
         """End the answer under way after the token that is being made."""
         self.sessions.of(request.session_hash).stop.set()

@@ -117,15 +117,14 @@ def draw_page(handlers: Handlers) -> gr.Blocks:
             "fn": handlers.ask_again, "inputs": [merge, importance, answer_tokens, *controls.all],
             "trigger_mode": "always_last", **busy,
         }  # fmt: skip
-        chosen = gr.on(
-            [c.input for c in controls.rules], handlers.follow, controls.rules, controls.follow, **quick
-        )
+        rules = [controls.rule, controls.vit_rule]
+        for rule, follow in zip(rules, (handlers.follow, handlers.follow_encoder), strict=True):
+            rule.input(follow, rules, controls.follow, **quick).then(**again)
         gr.on(
             [controls.reduction.release, controls.encoder_share.release]
             + [c.input for c in controls.follow[1:]],
             **again,
         )
-        chosen.then(**again)
         stop.click(handlers.stop, queue=False, **quick)
         gr.on(
             [merge.input, importance.input], handlers.show, [merge, importance], [overlay, stairs],

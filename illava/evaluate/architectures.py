@@ -44,7 +44,9 @@ class Architecture:
             "vit_depth": self.plan.vit_depth,
             "llm_layers": list(self.plan.llm_layers),
             "llm_depth": self.plan.llm_depth,
+            "merge": self.plan.settings.merge,
             "reduction": self.plan.reduction,
+            "encoder_share": self.plan.encoder_share,
             "windowed_blocks": list(self.windowed),
         }
 

@@ -121,7 +121,7 @@ class Space:
         """Sets of encoder blocks: both rules' defaults, single ones, neighbours, the output.
 
         Where blocks attend in windows, single ones and neighbours are of those that attend to the whole
-        picture: the others cannot compare tokens of different windows.
+        picture: by attention the others cannot compare tokens of different windows.
         """
         depth, full = len(self.seams.blocks), sorted(self.seams.full_attention_blocks)
         inner = [block for block in full if block < depth - 1]
@@ -134,7 +134,10 @@ class Space:
 
     @cached_property
     def decoder_layers(self) -> list[Layers]:
-        """Sets of decoder layers: both rules' defaults, single ones, those by attention moved up."""
+        """Sets of decoder layers: both rules' defaults, single ones, those by attention moved up.
+
+        Where some layers attend linearly, the nearest that rank tokens stand for them, for every rule.
+        """
         depth = len(self.seams.layers)
         among = self.seams.scoring_layers
         places = nearest_layers([round(place * depth) for place in _DECODER_PLACES], among)

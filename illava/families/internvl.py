@@ -8,7 +8,7 @@ A picture is one run of placeholders, all its tiles and its thumbnail together. 
 come as runs of their own with text between, which nothing in the call tells from pictures: the
 language model ranks each frame by itself.
 
-Default layers: the paper's 5, 9, 13 of 32 and 2, 8, 14 of 28, at the same relative depth.
+Where it merges by attention: the paper's 5, 9, 13 of 32 and 2, 8, 14 of 28, at the same relative depth.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ different things, and the report shows both. Newlines always stay and belong to 
 
 The features read are the output of `vision_feature_layer`: blocks beyond it cannot merge.
 
-Default layers: the paper's 5, 9, 13 of 32 and 2, 8, 14 of 28, at the same relative depth.
+Where it merges by attention: the paper's 5, 9, 13 of 32 and 2, 8, 14 of 28, at the same relative depth.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ The language model ranks every slice and frame by itself. It is a Qwen3.5: most 
 linearly and rank nothing, so a merge after such a layer reads the attention of the nearest
 full-attention layer before it; the plan says which.
 
-Default layers: encoder, the paper's 5, 9, 13 of 32 at the same relative depth; decoder, the
+Where it merges by attention: encoder, the paper's 5, 9, 13 of 32 at the same relative depth; decoder, the
 full-attention layers nearest to its 2, 8, 14 of 28 at the same relative depth.
 """
 

@@ -11,7 +11,7 @@ slice, and the report shows both.
 `generate` (and `chat`) builds embeddings and hands them to the language model's `generate`, when
 streaming in another thread, so the embeddings say themselves which of them are visual.
 
-Default layers: the paper's 5, 9, 13 of 32 and 2, 8, 14 of 28, at the same relative depth.
+Where it merges by attention: the paper's 5, 9, 13 of 32 and 2, 8, 14 of 28, at the same relative depth.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ added to the outputs of the first decoder layers, before those layers' own merge
 A video comes as one run of placeholders per frame with its timestamp as text between them; the
 language model ranks all its frames together.
 
-Default layers: the paper's 5, 9, 13 of 32 and 2, 8, 14 of 28, at the same relative depth.
+Where it merges by attention: the paper's 5, 9, 13 of 32 and 2, 8, 14 of 28, at the same relative depth.
 """
 
 from __future__ import annotations

@@ -5,28 +5,45 @@ import torch
 
 import zoo
 from contract import tools
+from contract.recorder import options
 
 
 def from_reference(model, family, inputs, plan):
-    return zoo.reference(family).forward(model, inputs, *tools.removed_by(plan), recycled=0.3, members=3)
+    return zoo.reference(family).forward(model, inputs, *tools.removed_by(plan), **options(plan))
 
 
 def differences(layers) -> list[int]:
     return [record.tokens_removed for record in layers]
 
 
+@tools.each_rule
 @tools.each_single_row
-def test_cache_lengths(family, kind):
+def test_cache_lengths(family, kind, settings):
     """Every layer keeps the tokens that the reference has alive there, and only those."""
     model, inputs = tools.build(family), tools.prompt_of(family, kind)
     length = inputs["input_ids"].shape[1]
-    with tools.patch(model, family, **tools.DEEP) as handle:
+    with tools.patch(model, family, **settings) as handle:
         out = tools.forward(model, inputs, use_cache=True)
     alive = [sum(layer) for layer in from_reference(model, family, inputs, handle.plan).alive[:-1]]
     for kept, expected in zip(tools.held(out.past_key_values), alive, strict=True):
         assert kept in (None, expected)
     assert out.past_key_values.get_seq_length() == length  # the caller's
     assert out.logits.shape[1] == length
+
+
+@tools.each_single_row_with_pictures
+def test_the_report_knows_the_grid_of_merge_units(family, kind):
+    """Of the call itself: of MiniCPM-V's two modes, of tiles and slices, of the frames of a video."""
+    model, inputs = tools.build(family), tools.prompt_of(family, kind)
+    with tools.patch(model, family, **tools.DEFAULT) as handle:
+        tools.forward(model, inputs)
+    for record in handle.report.pictures:
+        frames, height, width = record.token_grid
+        assert frames == record.frames
+        assert frames * height * width == record.encoded_units
+        assert height / width == record.grid[1] / record.grid[2]
+        if family.startswith(("qwen", "internvl")):  # which hand over each unit as one token
+            assert record.encoded_units == record.tokens
 
 
 @tools.each_single_row_with_pictures

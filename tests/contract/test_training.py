@@ -7,13 +7,14 @@ from contract import tools
 
 
 @pytest.mark.capability("labels")
+@tools.each_rule
 @tools.each_family
-def test_loss_and_gradients(family):
+def test_loss_and_gradients(family, settings):
     model, inputs = tools.build(family), tools.prompt_of(family, tools.mixed(family))
     labels = inputs["input_ids"].clone()
     labels[:, :-6] = -100
     model.zero_grad()
-    with tools.patch(model, family, **tools.DEEP):
+    with tools.patch(model, family, **settings):
         out = model(**inputs, labels=labels)
         out.loss.backward()
     assert out.logits.shape[:2] == labels.shape
@@ -28,13 +29,14 @@ def test_loss_and_gradients(family):
 
 
 @pytest.mark.capability("labels")
+@tools.each_rule
 @tools.each_family
-def test_loss_of_a_padded_batch(family):
+def test_loss_of_a_padded_batch(family, settings):
     """The mean over all rows' tokens, each row at its own length."""
     model, inputs = tools.build(family), tools.prompt_of(family, "batch", side="right")
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     labels[:, :3] = -100
-    with tools.patch(model, family, **tools.DEEP):
+    with tools.patch(model, family, **settings):
         out = tools.forward(model, inputs, labels=labels)
     by_hand = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     torch.testing.assert_close(out.loss, by_hand)

@@ -30,9 +30,9 @@ Each line is a claim about a patched model, tested on small models of every fami
 the real ones ({families}), on transformers {versions}. **Works** means that it gives what its plain
 definition gives. **Refused** means that the call ends with an error that says the value, the reason and what
 to do instead. **Not known** means that its test could run nowhere. Where a claim was not tested, or not for a
-family, the note says why. Merging is by attention here (`merge="recycle"`), which hooks more of a model than
-likeness does. The contract (bit-identical after removal and at `reduction=0`, equal to the reference
-otherwise, by attention and by likeness) has a table of its own in the README.
+family, the note says why. Models merge by attention here (`merge="recycle"`) unless a claim says otherwise.
+The contract (bit-identical after removal and at `reduction=0`, equal to the reference otherwise), whose tests
+run by attention and by likeness, has a table of its own in the README.
 """
 PEERS = """\
 They are those of {mixins} in the source package of transformers {version}: {total} for each family.
