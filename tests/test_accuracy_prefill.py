@@ -132,8 +132,8 @@ def test_every_table_of_the_test_split_is_timed():
 
 def row_of(**values):
     about = {"reader": "r", "split": "test", "budget": "compute", "reduction": "0.7778", "task": "find"}
-    measured = {"method": "FastV", "items": "2", "right": "1", "bits": "80", "note": "", "area": "0.5"}
-    return about | measured | values
+    measured = {"method": "FastV", "items": "2", "right": "1", "bits": "80", "note": ""}
+    return about | measured | {"final_ratio": "0.25", "area": "0.5"} | values
 
 
 def test_columns_of_a_table():
@@ -150,7 +150,8 @@ def test_columns_of_a_table():
     assert cells == {"unpatched": ["1.00", "1.00x"], "FastV": ["0.75", "1.40x"], "AIM": ["", ""]}
     assert all(len(row) == len(header) for row in body)
     ((_, plain, _),) = lines(rows)
-    assert plain[-1] == "compute"
+    assert plain[-2:] == ["left", "compute"]
+    assert [row[-4:-2] for row in body] == [["1.00", "1.00"], ["0.25", "0.50"], ["0.25", "0.50"]]
     ((_, other, _),) = lines([row | {"split": "validation"} for row in rows], [saved])
     assert other == plain, "the times are of the test split"
     (said, _) = timed_with([saved])
