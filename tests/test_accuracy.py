@@ -152,22 +152,25 @@ def test_what_the_readme_says_of_small_writing(said, reader):
     assert max(read_by[method] for method in rivals_of(read_by)) < read_by[OURS]
 
 
-def rows_of(method, reduction, split):
-    """The small writing that is read, with as many tokens left, by reader."""
+def rows_of_text(method, reduction, split):
+    """Each reader's row of small writing, with as many tokens left."""
     found = accuracy.done(accuracy.RESULTS / "accuracy.csv")
     return [found.get((reader, method, f"{reduction:.4f}", "tokens", "text", split)) for reader in READERS]
 
 
 def test_what_the_readme_says_of_small_writing_with_as_many_tokens(said):
     ours, ranked = (
-        [percent(share_of(row)) for row in rows_of(name, 8 / 9, "test")] for name in (OURS, RANKED)
+        [percent(share_of(row)) for row in rows_of_text(name, 8 / 9, "test")] for name in (OURS, RANKED)
     )
     assert f"reads {ours[0]} of them on the InternVL and {ours[1]} on the Qwen2.5-VL" in said
     assert (
-        f"`{RANKED}` {ranked[0]} and {ranked[1]} ({rows_of(OURS, 8 / 9, 'test')[0]['items']} items)" in said
+        f"`{RANKED}` {ranked[0]} and {ranked[1]} ({rows_of_text(OURS, 8 / 9, 'test')[0]['items']} items)"
+        in said
     )
     names = (RANKED, "rule: bipartite in the LLM", "LLM 3, 5")
-    read = [f"{share_of(rows_of(name, 7 / 9, 'validation')[1]):.0%}".replace("%", " %") for name in names]
+    read = [
+        f"{share_of(rows_of_text(name, 7 / 9, 'validation')[1]):.0%}".replace("%", " %") for name in names
+    ]
     assert f"at 77.8 % removed {read[0]} is read on the Qwen2.5-VL, {read[1]} with likeness in the" in said
     assert f"alone, and {read[2]} with attention in its layers 3 and 5 in place of 1, 2 and 4." in said
 

@@ -206,10 +206,8 @@ def plans_of(
         PlanError, DataError: as `plan_of`.
     """
     chosen = reductions if reductions or files else REDUCTIONS
-    if files and not reductions:
-        plan_of(
-            None, vit_layers, llm_layers, encoder_share, merge, files[0]
-        )  # a file and other options at once
+    if files and not reductions:  # refuses a file and other options at once
+        plan_of(None, vit_layers, llm_layers, encoder_share, merge, files[0])
     plans = {
         f"{100 * reduction:.6g} %": plan_of(reduction, vit_layers, llm_layers, encoder_share, merge)
         for reduction in chosen or ()

@@ -20,8 +20,7 @@ word for word. With 40 items or more, half of them choose the plan and the other
 `--max-tokens 512` among those that leave at most 512 visual tokens of a prompt.
 
 Prints the plan as Python and as JSON, which `illava.patch(model, plan=...)` and `--plan FILE.json` read
-back, and times it against the unpatched model and against the default plan at equal
-agreement."""
+back, and times it against the unpatched model and against the default plan at equal agreement."""
 
 
 def command(

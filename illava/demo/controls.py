@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gradio as gr
@@ -99,18 +99,19 @@ def _choice(label: str, choices: dict[str, str], *, interactive: bool = True) ->
     return gr.Dropdown(list(choices.items()), value=first, label=label, interactive=interactive)
 
 
-def ranks(rule: Any, vit_rule: Any) -> bool:
-    """Whether either stage ranks its tokens; by likeness none does."""
-    return {rule, rule if vit_rule == SAME else vit_rule} != {"bipartite"}
+def plan_by(rule: Any, vit_rule: Any) -> Plan:
+    """A plan of which only the rules are said."""
+    return Plan(merge=rule, vit_merge=None if vit_rule == SAME else vit_rule)
 
 
-def own_of(settled: ModelPlan, rule: Any, vit_rule: Any) -> list[Any]:
+def own_of(settled: ModelPlan) -> list[Any]:
     """What the controls that follow a rule become, from the plan settled for it."""
+    ranks = not all(settled.settings.by_likeness)
     layers, depths = (settled.vit_layers, settled.llm_layers), (settled.vit_depth, settled.llm_depth)
     return [
         gr.update(value=100 * settled.encoder_share),
         *(gr.update(value=_inside(x, n)) for x, n in zip(layers, depths, strict=True)),
-        *(gr.update(interactive=ranks(rule, vit_rule)) for _ in range(3)),
+        *(gr.update(interactive=ranks) for _ in range(3)),
     ]
 
 
@@ -130,12 +131,13 @@ def plan_of(
     Raises:
         PlanError: values that are no plan.
     """
-    return Plan(
+    plan = replace(
+        plan_by(rule, vit_rule),
         vit_layers=tuple(vit_layers or ()),
         llm_layers=tuple(llm_layers or ()),
         reduction=reduction / 100,
         encoder_share=encoder_share / 100,
-        merge=rule,
-        vit_merge=None if vit_rule == SAME else vit_rule,
-        **({"score": score, "queries": queries, "window_score": windows} if ranks(rule, vit_rule) else {}),
     )
+    if all(plan.by_likeness):  # nothing is ranked
+        return plan
+    return replace(plan, score=score, queries=queries, window_score=windows)

@@ -11,7 +11,7 @@ import gradio as gr
 
 from illava.demo import cards
 from illava.demo.asking import Answer, Asker, Prompt
-from illava.demo.controls import SAME, own_of, plan_of
+from illava.demo.controls import own_of, plan_by, plan_of
 from illava.demo.media import Clip, Limits, Picture, read
 from illava.demo.overlays import Overlays
 from illava.demo.sessions import Session, Sessions
@@ -98,8 +98,7 @@ class Handlers:
 
     def follow(self, rule: Any, vit_rule: Any) -> list[Any]:
         """What a newly chosen rule begins with: layers and share of its own."""
-        plan = Plan(merge=rule, vit_merge=None if vit_rule == SAME else vit_rule)
-        return own_of(self.asker.settle(plan), rule, vit_rule)
+        return own_of(self.asker.settle(plan_by(rule, vit_rule)))
 
     def follow_encoder(self, rule: Any, vit_rule: Any) -> list[Any]:
         """The same of the encoder's rule, which leaves the decoder's layers as they are."""
