@@ -159,6 +159,11 @@ class Plan:
                 f"distance_penalty={self.distance_penalty} is of tokens merged by likeness, and "
                 f'merge={self.merge!r} does not do so; give merge="bipartite" or vit_merge="bipartite", too'
             )
+        if self.proportional and self.vit_rule != "bipartite" and not callable(self.vit_rule):
+            raise PlanError(
+                f"proportional=True is of encoder tokens that stand for several; {self.vit_rule!r} counts "
+                'none: give merge="bipartite", vit_merge="bipartite" or a function as merge, or leave it out'
+            )
         said = [name for name in _OF_RANKING if getattr(self, name) != getattr(type(self), name)]
         if said and all(self.by_likeness):
             values = {name: getattr(self, name) for name in said}

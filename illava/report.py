@@ -115,10 +115,9 @@ class PictureRecord:
         """Says so where the picture is too small for what the plan asks."""
         if self.asked_reduction is None:
             return ""
-        slack = max(1, len(self.layers)) / 2 + 1  # equal whole numbers per layer reach no further
-        if (self.asked_reduction - self.reduction) * self.tokens > slack or (
-            self.asked_reduction and self.final_tokens == self.tokens
-        ):
+        missing = self.final_tokens - (1 - self.asked_reduction) * self.tokens
+        slack = self.frames / 2 + 1e-6  # every frame loses whole tokens
+        if missing > slack or (self.asked_reduction and self.final_tokens == self.tokens):
             return "too small for the plan: merged less"
         return ""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from illava.errors import PlanError
 from illava.plan import (
@@ -98,8 +99,9 @@ class ModelPlan:
     def vit_removed(self, frame_tokens: int) -> tuple[int, ...]:
         """Tokens each merging encoder block removes from a frame of `frame_tokens`.
 
-        With a total reduction this is the constant R_v of the paper's section 3.2.1. A frame too
-        small for the plan loses less, never its last token.
+        With a total reduction this is the R_v of the paper's section 3.2.1, the same in every block but
+        for a token where the total does not divide by them. A frame too small for the plan loses
+        less, never its last token.
         """
         s, layers = self.settings, self.vit_layers
         if not layers:
@@ -109,14 +111,12 @@ class ModelPlan:
         if s.budget == "shares":
             return _by_share(frame_tokens, frame_tokens, s.vit_shares)
         if s.budget == "tokens removed":
-            per_layer = s.vit_tokens_removed or 0
-        else:
-            share = self.encoder_share if self.llm_layers else 1.0
-            per_layer = round(share * (self.reduction or 0) * frame_tokens / len(layers))
-        return (min(per_layer, (frame_tokens - 1) // len(layers)),) * len(layers)
+            return _equally(s.vit_tokens_removed or 0, frame_tokens, len(layers))
+        share = self.encoder_share if self.llm_layers else 1.0
+        return _spread(share * (self.reduction or 0) * frame_tokens, frame_tokens, len(layers))
 
     def llm_removed(self, tokens: int, alive_tokens: int) -> tuple[int, ...]:
-        """Tokens each merging decoder layer removes from a picture or video: R_t.
+        """Tokens each merging decoder layer removes from a picture or video: R_t, spread as R_v is.
 
         Args:
             tokens: its visual tokens before any merge.
@@ -130,11 +130,9 @@ class ModelPlan:
         if s.budget == "shares":
             return _by_share(tokens, alive_tokens, s.llm_shares)
         if s.budget == "tokens removed":
-            per_layer = s.llm_tokens_removed or 0
-        else:
-            left = (self.reduction or 0) * tokens - (tokens - alive_tokens)
-            per_layer = max(0, round(left / len(layers)))
-        return (min(per_layer, (alive_tokens - 1) // len(layers)),) * len(layers)
+            return _equally(s.llm_tokens_removed or 0, alive_tokens, len(layers))
+        encoded = tokens - alive_tokens
+        return _spread((self.reduction or 0) * tokens - encoded, alive_tokens, len(layers))
 
     def segment(self, frames: int, frame_tokens: int) -> SegmentSchedule:
         """Layer by layer for one picture (`frames=1`) or video."""
@@ -289,8 +287,8 @@ def _check_ends(plan: Plan, vit: tuple[int, ...], llm: tuple[int, ...], vit_dept
     """Whether what merges at the encoder's output and the language model's input can be ranked there."""
     if {vit_depth - 1, vit_depth} <= set(vit):
         raise PlanError(
-            f"vit_layers={plan.vit_layers}: the last block's attention ranks what leaves the encoder, so "
-            f"block {vit_depth - 1} cannot merge by it as well; leave one of them out"
+            f"vit_layers={plan.vit_layers}: a merge in block {vit_depth - 1} and one of what leaves the "
+            "encoder would both read that block's attention; leave one of them out"
         )
     by_attention = plan.merge != "bipartite" and (not callable(plan.score) or plan.merge == "recycle")
     if -1 in llm and by_attention:
@@ -299,6 +297,17 @@ def _check_ends(plan: Plan, vit: tuple[int, ...], llm: tuple[int, ...], vit_dept
             f"score={name_of(plan.score or 'attention')!r} with merge={name_of(plan.merge)!r} cannot choose "
             "there; give a function as score, and 'prune' or a function as merge, or 'bipartite' as merge"
         )
+
+
+def _spread(total: float, alive: int, layers: int) -> tuple[int, ...]:
+    """A total divided as evenly as whole numbers can, e.g. 13 of five layers: 3, 2, 3, 2, 3."""
+    whole = min(max(0, round(total)), alive - 1)
+    gone = [round(whole * layer / layers) for layer in range(layers + 1)]
+    return tuple(after - before for before, after in pairwise(gone))
+
+
+def _equally(per_layer: int, alive: int, layers: int) -> tuple[int, ...]:
+    return (min(per_layer, (alive - 1) // layers),) * layers
 
 
 def _by_share(tokens: int, alive: int, shares: tuple[float, ...] | None) -> tuple[int, ...]:

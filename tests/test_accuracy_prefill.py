@@ -124,6 +124,7 @@ def test_every_table_of_the_test_split_is_timed():
     }  # fmt: skip
     timed = {(row["reader"], row["budget"], row["reduction"], row["method"]) for row in COMMITTED}
     assert timed == asked
+    assert len({(row["threads"], row["device"], row["torch"]) for row in COMMITTED}) == 1, "of one machine"
     assert {key[:3] for key in timed} == {
         (reader, budget, f"{reduction:.4f}")
         for reader, budget, reduction, _ in groups(["internvl", "qwen2_5_vl"])

@@ -105,7 +105,7 @@ def test_both_sides_answer_and_say_what_it_cost(server, tab):
     shown = ask(server, tab)
     for side in ("unpatched", "patched"):
         assert '<p class="said">six</p>' in last(shown, side)
-    assert "<b>The same answer</b> from <b>31 of 144</b>" in last(shown, "verdict")
+    assert "<b>The same answer</b> from <b>32 of 144</b>" in last(shown, "verdict")
     assert last(shown, "merge")["maximum"] == 7
     before, _ = server.handlers.show(tab, 0, False)
     after, stairs = server.handlers.show(tab, 2, False)

@@ -125,28 +125,32 @@ def test_pictures_of_one_size_and_different_shapes_keep_their_own_grid(model):
 def test_a_picture_too_small_for_the_plan_says_so(model):
     report, _ = report_of(model, [5, tiny.Image(2, 4), 3, tiny.A, 4], plan=PLAN | dict(reduction=0.9))
     small, large = report.pictures
-    assert small.tokens == small.final_tokens == 2
+    assert (small.tokens, small.final_tokens) == (2, 1), "of 0.2 tokens asked for the last one stays"
     assert small.note == "too small for the plan: merged less"
     assert large.note == ""
     assert str(report).count("too small") == 1
 
 
 @pytest.mark.parametrize(
-    ("tokens", "final", "layers", "asked", "noted"),
+    ("tokens", "final", "frames", "asked", "noted"),
     [
-        (100, 34, 4, 2 / 3, False),
-        (100, 36, 4, 2 / 3, False),  # rounding: half a token per layer
-        (100, 40, 4, 2 / 3, True),
-        (9, 4, 6, 0.889, False),
-        (9, 9, 6, 0.889, True),
-        (2, 2, 6, 0.3, True),
-        (9, 9, 0, 0, False),
-        (9, 9, 2, None, False),
+        (100, 33, 1, 2 / 3, False),
+        (100, 34, 1, 2 / 3, True),
+        (9, 5, 1, 0.5, False),  # rounding: half a token
+        (64, 24, 16, 0.75, False),  # half a token of every frame
+        (64, 25, 16, 0.75, True),
+        (9, 1, 1, 0.889, False),
+        (9, 9, 1, 0.889, True),
+        (2, 1, 1, 0.9, True),
+        (2, 2, 1, 0.2, True),
+        (9, 9, 1, 0, False),
+        (9, 9, 1, None, False),
     ],
 )
-def test_when_a_picture_counts_as_too_small(tokens, final, layers, asked, noted):
-    records = tuple(LayerRecord("llm", i, tokens, final) for i in range(layers))
-    record = PictureRecord("image", 0, None, 1, tokens, tokens, tokens, records, asked)
+def test_when_a_picture_counts_as_too_small(tokens, final, frames, asked, noted):
+    grid, layer = (frames, 2, tokens // frames * 2), LayerRecord("llm", 0, tokens, final)
+    record = PictureRecord("video", 0, grid, 1, tokens, tokens, tokens, (layer,), asked)
+    assert record.frames == frames
     assert bool(record.note) is noted
 
 

@@ -31,13 +31,13 @@ def paper(seams: Seams, final_ratio: float) -> Plan:
     )
 
 
-EQUAL_STEPS = "Layers remove equal whole numbers, so the final tokens are within half a token per layer."
-ILLAVA = Rival("illava", "this package's default", "both", EQUAL_STEPS, default)
+EVEN_STEPS = "Layers remove whole tokens of a picture or frame, as evenly as can be."
+ILLAVA = Rival("illava", "this package's default", "both", EVEN_STEPS, default)
 RECYCLE = Rival(
     "illava recycle",
     'the paper\'s rule, `merge="recycle"`, where illava has it merge',
     "both",
-    EQUAL_STEPS,
+    EVEN_STEPS,
     recycle,
 )
-PAPER = Rival("illava paper", "iLLaVA, ICLR 2026, section 4.1: `Plan.paper()`", "both", EQUAL_STEPS, paper)
+PAPER = Rival("illava paper", "iLLaVA, ICLR 2026, section 4.1: `Plan.paper()`", "both", EVEN_STEPS, paper)

@@ -14,3 +14,8 @@ def whole_mean(c, kept):
     itself = torch.nn.functional.one_hot(kept, c.index.shape[1]).float()
     mean = c.real / c.real.sum(dim=1, keepdim=True)
     return (itself + mean[:, None]) / 2
+
+
+def each_alone(c, kept):
+    """A rule: each survivor is itself alone."""
+    return torch.nn.functional.one_hot(kept, c.index.shape[1]).float()

@@ -102,9 +102,10 @@ def plans(draw, family: str) -> dict:
             recycled=draw(st.sampled_from([0.01, 0.3, 1])),
             members=draw(st.sampled_from([1, 2, 5, 50])),
         )
+    counts = (vit_merge or merge) in ("bipartite", whole_mean)  # whom its tokens stand for
     return settings | dict(
         vit_merge=vit_merge,
-        proportional=draw(st.sampled_from([None, False, True])),
+        proportional=draw(st.sampled_from([None, False, True] if counts else [None, False])),
         fast_windows=family.startswith(FAST) and draw(st.booleans()),
         trace=draw(st.booleans()),
     )

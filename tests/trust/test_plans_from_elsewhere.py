@@ -55,7 +55,10 @@ NAMES = st.sampled_from(sorted(PLAN_FIELDS)) | st.text(max_size=12)
 @settings(max_examples=200)
 def test_any_plan_comes_back(budget, others):
     others |= budget  # layers, too, where they have shares
-    rules = {others.get("merge", "bipartite"), others.get("vit_merge") or others.get("merge", "bipartite")}
+    vit_rule = others.get("vit_merge") or others.get("merge", "bipartite")
+    rules = {others.get("merge", "bipartite"), vit_rule}
+    if vit_rule != "bipartite":
+        others.pop("proportional", None)
     if "bipartite" not in rules:
         others.pop("distance_penalty", None)
     if rules == {"bipartite"}:
