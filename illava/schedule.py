@@ -131,8 +131,8 @@ class ModelPlan:
             return _by_share(tokens, alive_tokens, s.llm_shares)
         if s.budget == "tokens removed":
             return _equally(s.llm_tokens_removed or 0, alive_tokens, len(layers))
-        encoded = tokens - alive_tokens
-        return _spread((self.reduction or 0) * tokens - encoded, alive_tokens, len(layers))
+        removed_before = tokens - alive_tokens
+        return _spread((self.reduction or 0) * tokens - removed_before, alive_tokens, len(layers))
 
     def segment(self, frames: int, frame_tokens: int) -> SegmentSchedule:
         """Layer by layer for one picture (`frames=1`) or video."""
