@@ -64,7 +64,7 @@ class Plan:
         vit_tokens_removed, llm_tokens_removed: tokens each merging layer removes from each frame or
             picture; the third way (the paper's first version).
         vit_shares, llm_shares: share of a picture's visual tokens that each merging layer leaves, from
-            the lowest up, in (0, 1] and never rising; the fourth way, and the exact one.
+            the lowest up, in (0, 1] and never rising; the fourth way, exact at every layer.
         recycled: share of the kept tokens that take in dropped ones, in (0, 1].
         members: size of such a group, the recycled token included (paper: M = 5).
         score: how tokens are ranked, by every rule but `"bipartite"`: `"attention"` received (paper, eq. 3;

@@ -9,13 +9,12 @@ def evenly(c):
     return -((place[None] * 7) % 11).float().expand(c.index.shape)
 
 
-def whole_mean(c, kept):
-    """A rule: each survivor is half of itself, half the mean of its segment."""
-    itself = torch.nn.functional.one_hot(kept, c.index.shape[1]).float()
-    mean = c.real / c.real.sum(dim=1, keepdim=True)
-    return (itself + mean[:, None]) / 2
-
-
 def each_alone(c, kept):
     """A rule: each survivor is itself alone."""
     return torch.nn.functional.one_hot(kept, c.index.shape[1]).float()
+
+
+def whole_mean(c, kept):
+    """A rule: each survivor is half of itself, half the mean of its segment."""
+    mean = c.real / c.real.sum(dim=1, keepdim=True)
+    return (each_alone(c, kept) + mean[:, None]) / 2
