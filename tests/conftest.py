@@ -5,6 +5,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import on_triton  # noqa: E402
+
 # The models here are tiny: threads cost more than they give.
 torch.set_num_threads(1)
 
@@ -21,6 +23,19 @@ def remote_code(tmp_path_factory):
 
     with folders(tmp_path_factory.mktemp("remote_code")) as folder_of:
         yield folder_of
+
+
+@pytest.fixture(scope="session")
+def interpreter():
+    """Calls a function with Triton's kernels interpreted."""
+    with on_triton.interpreting() as run:
+        yield run
+
+
+@pytest.fixture(params=on_triton.PLACES)
+def run(request):
+    """Calls a function where Triton's kernels run."""
+    return on_triton.on_cuda if request.param == "cuda" else request.getfixturevalue("interpreter")
 
 
 def pytest_addoption(parser):

@@ -130,13 +130,6 @@ def test_segments_have_nothing_to_do_with_each_other_nor_with_padding():
     assert torch.equal(alone.blend(features)[:6], features[:6])
 
 
-def test_blocks_of_likeness_change_nothing(monkeypatch):
-    features, sizes, index = segments((31, 17), seed=6)
-    whole = bipartite.join(features, sizes, index, (31, 17), (10, 9))
-    monkeypatch.setattr(bipartite, "AFFINITY_BLOCK_ELEMENTS", 64)
-    assert torch.equal(bipartite.join(features, sizes, index, (31, 17), (10, 9)).owner, whole.owner)
-
-
 def test_what_is_not_finite_goes_into_nothing_before_others_have():
     features, sizes, index = segments((8,), seed=2)
     features[2] = float("nan")

@@ -1,21 +1,17 @@
 """The Triton kernel for attention received, against its definition in fp64.
 
-Without a GPU the kernel runs in Triton's interpreter, in a process of its own (Triton reads
-`TRITON_INTERPRET` when it is imported); under `-m gpu` the same tests run compiled, on CUDA. Fresh memory is
-filled with NaN in that process, so that a number nobody wrote is seen.
+Without a GPU the kernel runs in Triton's interpreter; under `-m gpu` the same tests run compiled, on CUDA.
 """
 
 import math
-import multiprocessing
 import re
 import warnings
-from concurrent.futures import ProcessPoolExecutor
-from functools import cache
 from importlib.util import find_spec
 
 import pytest
 import torch
 
+from illava import kernels
 from illava.attention import (
     Spans,
     column_sum_backend,
@@ -25,8 +21,8 @@ from illava.attention import (
     varlen_attention_received,
     varlen_log_sum_exp,
 )
+from on_triton import device_limits, measure, ptx
 
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -83,44 +79,6 @@ def views(q, k, lse, q_positions, k_positions, **settings):
         **settings,
     )
     return plain, other
-
-
-def prepare_worker():
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    """Calls a function with the kernel interpreted."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare_worker) as worker:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            tiny = torch.ones(1, 1, 1, 16)
-            try:
-                worker.submit(dense_log_sum_exp, tiny, tiny, scale=1.0).result()  # starts the process
-            except Exception as error:
-                if "only 0-dimensional arrays" not in str(error):
-                    raise
-                pytest.skip("the interpreter of this old Triton cannot loop with this NumPy")
-        yield lambda function, *args, **more: worker.submit(function, *args, **more).result()
-
-
-def on_cuda(function, *args, **more):
-    """Calls a function with its tensors on the GPU, and brings back what it returns."""
-
-    def move(x):
-        return x.cuda() if isinstance(x, torch.Tensor) else x
-
-    out = function(*map(move, args), **{name: move(x) for name, x in more.items()})
-    return tuple(x.cpu() for x in out) if isinstance(out, tuple) else out.cpu()
-
-
-@pytest.fixture(
-    params=[pytest.param("interpreter", marks=needs_triton), pytest.param("cuda", marks=pytest.mark.gpu)]
-)
-def run(request):
-    return on_cuda if request.param == "cuda" else request.getfixturevalue("interpreter")
 
 
 # ---------------------------------------------------------------- what it must yield
@@ -393,7 +351,7 @@ def test_choice(monkeypatch):
     assert column_sum_backend("cpu") == column_sum_backend(torch.device("meta")) == "torch"
     assert column_sum_backend("cuda:1") == column_sum_backend(torch.device("cuda"), FP32, 256) == installed
     assert column_sum_backend("cuda", torch.float64) == column_sum_backend("cuda", head_size=288) == "torch"
-    monkeypatch.setattr(column_sums, "_has_triton", lambda: False)
+    monkeypatch.setattr(kernels, "has_triton", lambda: False)
     assert column_sum_backend("cuda") == "torch"
 
 
@@ -403,16 +361,18 @@ def test_a_kernel_that_fails_says_so_once(monkeypatch):
     def fail(*args, **more):
         raise RuntimeError("no compiler\nand more")
 
-    monkeypatch.setattr(column_sums, "_failed", set())
-    monkeypatch.setattr(column_sums, "_has_triton", lambda: True)
+    monkeypatch.setattr(column_sums.KERNELS, "failed", set())
+    monkeypatch.setattr(kernels, "has_triton", lambda: True)
     monkeypatch.setattr(
         column_sums, "chosen_backend", lambda asked, q, k: asked or column_sum_backend("cuda", q.dtype)
     )
     for name in ("column_sums", "log_sum_exp"):
         monkeypatch.setattr(column_sums, name, fail)
-    real = column_sums.run_or_warn
+    real = column_sums.KERNELS.run_or_warn
     monkeypatch.setattr(
-        column_sums, "run_or_warn", lambda kernel, _, required: real(kernel, torch.device("cuda"), required)
+        column_sums.KERNELS,
+        "run_or_warn",
+        lambda kernel, _, required: real(kernel, torch.device("cuda"), required),
     )
     q, k = random(1, 2, 8, 16), random(1, 2, 8, 16, seed=1)
     with pytest.raises(RuntimeError, match="no compiler"):
@@ -445,9 +405,6 @@ def test_cost_by_hand():
 
 def compile_for(capability, kernel, size, *, packed, unit=4):
     """PTX of a kernel for bf16, with the strides and alignment of an ordinary model."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
     from illava.attention import column_sum_kernels
 
     function = getattr(column_sum_kernels, kernel)
@@ -463,17 +420,7 @@ def compile_for(capability, kernel, size, *, packed, unit=4):
     fixed |= dict.fromkeys(["stride_qd", "stride_kd", "stride_li", "stride_qp", "stride_kp", "stride_aj"], 1)
     types = dict(q="*bf16", k="*bf16", lse="*fp32", partial="*fp32", out="*fp32", scale="fp32")
     types |= dict(q_positions="*i64", k_positions="*i64", cu_seqlens="*i32")
-    names = function.arg_names
-    signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
-    source = ASTSource(
-        function,
-        signature,
-        {(names.index(name),): value for name, value in fixed.items() if name in names},
-        {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")},
-    )
-    target = GPUTarget("cuda", capability, 32)
-    options = dict(num_warps=4, num_stages=3, **column_sums.OPTIONS)
-    return compile(source, target=target, options=options).asm["ptx"]
+    return ptx(function, capability, types, fixed, num_warps=4, num_stages=3, **kernels.OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -484,9 +431,9 @@ def test_compiles_to_a_pipeline_of_wide_copies(kernel, size, packed, tmp_path, m
     """Queries (or keys) are copied ahead of use, 16 bytes at a time: easily lost in a small change."""
     pytest.importorskip("triton", minversion="3.4")  # older ones tune only where there is a GPU
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    ptx = compile_for(90, kernel, size, packed=packed)
-    assert "wgmma" in ptx
-    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (\w+)", ptx)
+    compiled = compile_for(90, kernel, size, packed=packed)
+    assert "wgmma" in compiled
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (\w+)", compiled)
     assert len(copies) > 4
     assert set(copies) == {"0x10"}
     if kernel == "column_sums":
@@ -496,46 +443,12 @@ def test_compiles_to_a_pipeline_of_wide_copies(kernel, size, packed, tmp_path, m
 # ---------------------------------------------------------------- at real sizes, on a GPU
 
 
-@cache
-def device_limits():
-    """Bytes, bf16 operations and exponentials per second: the first two measured, the last by clock."""
-    from triton.runtime import driver
-    from triton.testing import do_bench
-
-    x = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    bandwidth = 2 * x.numel() / (do_bench(lambda: x.clone()) / 1e3)
-    a = torch.randn(8192, 8192, dtype=BF16, device="cuda")
-    flops = 2 * 8192**3 / (do_bench(lambda: a @ a) / 1e3)
-    found = driver.active.utils.get_device_properties(torch.cuda.current_device())
-    return bandwidth, flops, 16 * found["multiprocessor_count"] * found["sm_clock_rate"] * 1e3  # kHz
-
-
-def measure(call, shapes, extra_bytes):
-    """Runs `call` without waiting for the GPU, within its memory; prints its time and its floor."""
-    from triton.testing import do_bench
-
-    call()  # compiled and tuned
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        result = call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.synchronize()
-    used = torch.cuda.max_memory_allocated() - before
-    seconds = do_bench(call, return_mode="median") / 1e3
+def floors(shapes):
     bandwidth, flops, exponentials = device_limits()
-    floor = column_sums.floor_seconds(shapes, bandwidth, flops, exponentials)
-    print(
-        f"\n{torch.cuda.get_device_name()}: {seconds * 1e3:.3f} ms, floor {floor * 1e3:.3f} ms "
-        f"({floor / seconds:.0%}; without exponentials "
-        f"{column_sums.floor_seconds(shapes, bandwidth, flops) / seconds:.0%}), "
-        f"{used / 2**20:.1f} MiB beside the inputs"
-    )
-    assert used <= extra_bytes
-    return result
+    return {
+        "": column_sums.floor_seconds(shapes, bandwidth, flops, exponentials),
+        "without exponentials": column_sums.floor_seconds(shapes, bandwidth, flops),
+    }
 
 
 @pytest.mark.gpu
@@ -549,7 +462,9 @@ def test_real_spans(lengths):
     expected = varlen_attention_received(q, k, lse, spans, scale=scale, backend="torch")
     shapes = column_sums.Shapes.packed(lengths, heads, size)
     actual = measure(
-        lambda: varlen_attention_received(q, k, lse, spans, scale=scale, backend="triton"), shapes, 2**25
+        lambda: varlen_attention_received(q, k, lse, spans, scale=scale, backend="triton"),
+        floors(shapes),
+        2**25,
     )
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 / max(lengths))
     units = varlen_attention_received(q, k, lse, spans, scale=scale, unit=4, backend="triton")
@@ -574,16 +489,22 @@ def test_real_language_model(queries, given):
     shapes = column_sums.Shapes(queries, tokens, pairs, heads, key_heads, size, computes_lse=not given)
     if given:
         settings["lse"] = lse
-    actual = measure(lambda: streaming.attention_received(q, k, **settings, backend="triton"), shapes, 2**25)
+    actual = measure(
+        lambda: streaming.attention_received(q, k, **settings, backend="triton"), floors(shapes), 2**25
+    )
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 / tokens)
 
 
 @pytest.mark.gpu
 def test_no_compilation_per_picture_size():
-    from illava.attention import column_sum_kernels as kernels
+    from illava.attention import column_sum_kernels
 
     def compiled():
-        found = kernels.column_sums.fn, kernels.log_sum_exp.fn, kernels.finish
+        found = (
+            column_sum_kernels.column_sums.fn,
+            column_sum_kernels.log_sum_exp.fn,
+            column_sum_kernels.finish,
+        )
         return [len(x.device_caches[torch.cuda.current_device()][0]) for x in found]
 
     counts = []

@@ -25,30 +25,23 @@ J keys asked for, D head size.
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
-from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from illava.attention.spans import Spans
+from illava.kernels import DTYPES, OPTIONS, Kernels, asked_for, processors
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+KERNELS = Kernels("attention received")
 LARGEST_HEAD = 256
 # Programs wanted per multiprocessor, and the fewest queries or keys worth a program of their own.
 PROGRAMS_PER_PROCESSOR = 4
 LEAST_QUERIES, LEAST_KEYS = 256, 512
 NOMINAL_TILE = 128  # of the tiles that are tuned, when counting programs
 SHORT = 128  # spans up to here (windows) are tuned apart
-OPTIONS = {"enable_fp_fusion": True}  # s scale - L in one instruction, in every Triton
-
-_failed: set[str] = set()  # device types on which the kernel did not run
-_launching = Lock()  # Triton's tuner keeps a call's arguments in itself
 
 
 def column_sum_backend(
@@ -59,41 +52,13 @@ def column_sum_backend(
     Triton on CUDA, where it is installed and did not fail before, for fp16, bf16 and fp32 and heads of
     at most 256 channels; torch everywhere else.
     """
-    kind = torch.device(device).type
-    fits = dtype in DTYPES and head_size <= LARGEST_HEAD
-    return "triton" if kind == "cuda" and fits and _has_triton() and kind not in _failed else "torch"
+    return KERNELS.backend(device, dtype) if head_size <= LARGEST_HEAD else "torch"
 
 
-def chosen_backend(asked_for: str | None, q: Tensor, k: Tensor) -> str:
+def chosen_backend(backend: str | None, q: Tensor, k: Tensor) -> str:
     """The backend asked for, or else the one for these tensors."""
-    if asked_for is None:
-        return column_sum_backend(q.device, q.dtype, q.shape[-1]) if q.dtype == k.dtype else "torch"
-    if asked_for not in ("triton", "torch"):
-        raise ValueError(f'backend is "triton" or "torch", not {asked_for!r}')
-    return asked_for
-
-
-def run_or_warn(kernel: Callable[[], Tensor], device: torch.device, required: bool) -> Tensor | None:
-    """The kernel's result; `None` where it cannot run, after one warning that names the reason.
-
-    A kernel that the caller `required` raises instead.
-    """
-    try:
-        return kernel()
-    except (ValueError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        if required:
-            raise
-        _failed.add(device.type)
-        reason = str(error).strip().split("\n")[0]
-        warnings.warn(
-            f"illava: the Triton kernel for attention received does not run on {device} "
-            f"({type(error).__name__}: {reason}); plain torch takes its place, as exact but slower",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
+    here = column_sum_backend(q.device, q.dtype, q.shape[-1]) if q.dtype == k.dtype else "torch"
+    return asked_for(backend, here)
 
 
 # ---------------------------------------------------------------- cost
@@ -224,7 +189,7 @@ def column_sums(
     places = *_strides(q_positions), *_strides(k_positions), *_strides(asked)
     sums = *partial.stride()[:2], *out.stride()[:1]
     ordered, chosen = q_positions is not None, asked is not None
-    with _launching, torch.cuda.device_of(q):
+    with KERNELS.launching, torch.cuda.device_of(q):
         kernels.column_sums[lambda meta: (blocks * _ceil(longest, meta["BLOCK_OWN"]), len(partial))](
             q, k, lse, q_positions, k_positions, asked, spans and spans.cu_seqlens, partial,
             *_vector_strides(q, align), *_vector_strides(k, align), *lse.stride(), *places, *sums[:2],
@@ -266,7 +231,7 @@ def log_sum_exp(
     _, apart = _splits(tiles, 1, most, q.device)
     partial = q.new_empty((apart, batch, heads, queries), dtype=torch.float32)
     align = _alignment(q, k)
-    with _launching, torch.cuda.device_of(q):
+    with KERNELS.launching, torch.cuda.device_of(q):
         kernels.log_sum_exp[lambda meta: (blocks * _ceil(longest, meta["BLOCK_OWN"]), heads, apart)](
             q, k, q_positions, k_positions, spans and spans.cu_seqlens, partial,
             *_vector_strides(q, align), *_vector_strides(k, align),
@@ -297,10 +262,7 @@ def _check(q: Tensor, k: Tensor, spans: Spans | None) -> tuple[int, int, int, in
 
 def _splits(tiles: int, key_heads: int, most: int, device: torch.device) -> tuple[int, int]:
     """Into how many programs a tile's heads, and its queries or keys (`most` at most), are split."""
-    processors = 1
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = _ceil(PROGRAMS_PER_PROCESSOR * processors, tiles)
+    wanted = _ceil(PROGRAMS_PER_PROCESSOR * processors(device), tiles)
     heads = _ceil(key_heads, _ceil(key_heads, min(key_heads, wanted)))  # none is left empty
     return heads, max(1, min(_ceil(wanted, heads), most))
 
@@ -323,8 +285,3 @@ def _strides(x: Tensor | None) -> tuple[int, ...]:
 
 def _ceil(n: int, step: int) -> int:
     return -(-n // step)
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None

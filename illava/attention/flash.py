@@ -90,7 +90,7 @@ def varlen_attention_received(
         backend: `"triton"` or `"torch"`; `None` for what `column_sum_backend` chooses.
     """
     if column_sums.chosen_backend(backend, q, k) == "triton":
-        found = column_sums.run_or_warn(
+        found = column_sums.KERNELS.run_or_warn(
             lambda: column_sums.column_sums(
                 _one_row(q), _one_row(k), scale=scale, lse=_one_row(lse), spans=spans, unit=unit
             ),
@@ -121,7 +121,7 @@ def varlen_log_sum_exp(
 ) -> Tensor:
     """L_i of each query over its span, `[N, H]` in fp32, without computing an output."""
     if column_sums.chosen_backend(backend, q, k) == "triton":
-        found = column_sums.run_or_warn(
+        found = column_sums.KERNELS.run_or_warn(
             lambda: column_sums.log_sum_exp(_one_row(q), _one_row(k), scale=scale, spans=spans),
             q.device,
             required=backend is not None,

@@ -55,7 +55,7 @@ def attention_received(
         receive 0.
     """
     if column_sums.chosen_backend(backend, q, k) == "triton":
-        received = column_sums.run_or_warn(
+        received = column_sums.KERNELS.run_or_warn(
             lambda: column_sums.column_sums(
                 q, k, scale=scale, lse=lse, q_positions=q_positions, k_positions=k_positions,
                 asked=asked, unit=unit,
@@ -117,7 +117,7 @@ def log_sum_exp(
 ) -> Tensor:
     """L_i of each query, streamed. Arguments as above; returns `[B, H, Q]` in fp32."""
     if column_sums.chosen_backend(backend, q, k) == "triton":
-        level = column_sums.run_or_warn(
+        level = column_sums.KERNELS.run_or_warn(
             lambda: column_sums.log_sum_exp(
                 q, k, scale=scale, q_positions=q_positions, k_positions=k_positions
             ),
