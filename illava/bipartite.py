@@ -69,7 +69,7 @@ def join(
         if after == wanted:
             table = decision.kept_table
             return replace(first, keep=keep, kept_table=table, kept_counts=wanted, owner=owner, sizes=sizes)
-        x = joined(x.float(), step, weights)
+        x = joined(x.float(), step, weights, sum(left) - sum(after))
         weights = torch.zeros_like(weights).index_add(0, step, weights)
         left, places = after, decision.kept_table
 

@@ -77,7 +77,8 @@ class Merge:
             return flat.index_copy(0, kept, mixed.flatten(0, 1)[real].to(flat.dtype)).reshape(features.shape)
         if self.owner is not None and self.sizes is not None:
             owner, sizes = self.owner.to(flat.device), self.sizes.to(flat.device)
-            return joined(flat, owner, sizes).reshape(features.shape)
+            gone = sum(self.counts) - sum(self.kept_counts)
+            return joined(flat, owner, sizes, gone).reshape(features.shape)
         if self.recycled.numel() == 0:
             return features
         group = flat[self.sources].float()  # [R, M, g*d]
@@ -95,22 +96,28 @@ class Merge:
         return sizes.index_copy(0, self.kept_table.flatten()[real], grown.flatten()[real])
 
 
-def joined(flat: Tensor, owner: Tensor, sizes: Tensor) -> Tensor:
+def joined(flat: Tensor, owner: Tensor, sizes: Tensor, gone: int) -> Tensor:
     """Each unit's row `[U, d]` as the weighted mean of all that go into it; what takes in none is untouched.
 
-    On CUDA the last bit of a mean of three and more depends on the order of adding, unless torch is told to
-    use deterministic algorithms.
+    Only rows that go or take in others are read and widened where they are few. On CUDA the last bit of a
+    mean of three and more depends on the order of adding, unless torch is told to use deterministic
+    algorithms.
 
     Args:
         owner: `[U]` the unit that each goes into.
         sizes: `[U]` how much each weighs.
+        gone: how many go into another.
     """
     number = torch.zeros_like(owner).index_add(0, owner, torch.ones_like(owner))  # [U]
     sizes = sizes.float()
     total = torch.zeros_like(sizes).index_add(0, owner, sizes)
-    share = (sizes / total[owner])[:, None]
-    mixed = torch.zeros_like(flat, dtype=torch.float32).index_add(0, owner, share * flat.float())
-    return torch.where((number > 1)[:, None], mixed.to(flat.dtype), flat)
+    rows = torch.arange(len(flat), device=flat.device)  # [I], ascending
+    if 4 * gone < len(flat):
+        rows = compact((number[owner] > 1)[None], 2 * gone)[0]  # each goes into one, so no more are concerned
+    slot = torch.zeros_like(owner).scatter(0, rows, torch.arange(len(rows), device=rows.device))
+    share, part = (sizes / total[owner])[rows, None], flat[rows]
+    mixed = torch.zeros_like(part, dtype=torch.float32).index_add(0, slot[owner[rows]], share * part.float())
+    return flat.index_copy(0, rows, torch.where((number[rows] > 1)[:, None], mixed.to(flat.dtype), part))
 
 
 def select(
