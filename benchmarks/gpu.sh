@@ -49,12 +49,12 @@ PY
 export -f environment
 export python
 
-# Seconds add up to 570, the most important first, should somebody stop it. What the parts are expected to
+# Seconds add up to 590, the most important first, should somebody stop it. What the parts are expected to
 # take on an H200, where nothing of this has been run: 15 s of imports and 5 to 15 s of building a model each,
 # then calls of 0.1 to 2 s, five per arm before the rounds (one warm-up, one for memory, three for illava's own
 # share) and one in each round, the unpatched model's around every four of them.
 part environment 20 bash -c environment
-part tests 110 "$python" -m pytest -m gpu -s
+part tests 130 "$python" -m pytest -m gpu -s
 few=(--rivals "illava recycle" --rivals-at 0.889 --new-tokens 0 --contents picture --batches 1 --warmup 1)
 # 16,384 tokens at about 2 s a call: 30 calls before the one round its limit allows.
 speed prefill-7b 115 "${few[@]}" --rounds 5 --models qwen2.5-vl-7b --tokens 4096 16384 1024 \

@@ -27,7 +27,7 @@ KERNELS = Kernels("likeness")
 TAKES_IN = 2.0  # the rank of a unit that others go into, before any penalty: above all cosines
 SMALLEST_NORM = 1e-12  # as in `torch.nn.functional.normalize`
 # Tiles of even and odd places and of channels; then warps and stages. Products of fp32 take three times the
-# registers. Two programs of any fit on a multiprocessor.
+# registers.
 HALF, HALF_SMALL, FULL = (128, 128, 64, 8, 3), (64, 64, 64, 4, 3), (64, 64, 32, 4, 3)
 PROGRAMS_PER_PROCESSOR = 2
 

@@ -36,16 +36,16 @@ def best_match(
     split = tl.program_id(1)
     index += segment * stride_index
     count = tl.load(counts + segment).to(tl.int32)
-    even = (tl.program_id(0) % tiles) * BLOCK_EVEN + tl.arange(0, BLOCK_EVEN)
-    real = 2 * even < count
-    # What stands beyond the end reads row 0 and is left out later: loads without a mask are wider.
-    row = tl.load(index + 2 * even, mask=real, other=0).to(tl.int64)
+    first = (tl.program_id(0) % tiles) * BLOCK_EVEN
+    even = first + tl.arange(0, BLOCK_EVEN)
+    # What stands beyond the end is read as row 0: loads of features without a mask are wider.
+    row = tl.load(index + 2 * even, mask=2 * even < count, other=0).to(tl.int64)
     scale = tl.load(inverse_norms + row)
     channel = tl.arange(0, BLOCK_D)
     mine = x + row[:, None] * D + channel[None, :]
 
     # This program's share of the odd places.
-    odds = count // 2
+    odds = tl.where(2 * first < count, count // 2, 0)
     share = tl.cdiv(tl.cdiv(odds, splits), BLOCK_ODD) * BLOCK_ODD
     begin = split * share
     number = tl.maximum(tl.minimum(share, odds - begin), 0)
@@ -55,7 +55,7 @@ def best_match(
     match = tl.zeros([BLOCK_EVEN], tl.int32)
     for step in range(0, number, BLOCK_ODD):
         odd = begin + step + tl.arange(0, BLOCK_ODD)
-        there = odd < begin + number
+        there = odd < odds
         other = tl.load(index + 2 * odd + 1, mask=there, other=0).to(tl.int64)
         theirs = x + other[:, None] * D + channel[None, :]
         products = tl.zeros([BLOCK_EVEN, BLOCK_ODD], tl.float32)
@@ -81,5 +81,5 @@ def best_match(
         match = tl.where(here > best, begin + step + at, match)
         best = tl.maximum(here, best)
     out = (split * (tl.num_programs(0) // tiles) + segment) * stride_out + even
-    tl.store(cosines + out, tl.where(real, best, -1.5 - penalty), mask=even < tl.cdiv(width, 2))
-    tl.store(places + out, tl.where(real, match, 0), mask=even < tl.cdiv(width, 2))
+    tl.store(cosines + out, best, mask=even < tl.cdiv(width, 2))
+    tl.store(places + out, match, mask=even < tl.cdiv(width, 2))

@@ -65,7 +65,12 @@ def weigh(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor, scale: float) -> tuple
 
     A further channel carries it, so that every attention kernel can; the values' further ones are 0.
     """
-    q, k, v = (torch.nn.functional.pad(x, (0, EXTRA_CHANNELS)) for x in (q, k, v))
-    q[..., -EXTRA_CHANNELS] = 1
-    k[..., -EXTRA_CHANNELS] = (sizes.log() / scale)[:, None].to(k.dtype)
+    further = q.new_zeros((3, len(q), 1, EXTRA_CHANNELS))  # [3, N, 1, 8]
+    further[0, ..., 0] = 1
+    further[1, :, 0, 0] = sizes.log() / scale
+    # One pass over each: `pad` on CUDA would fill, and copy then.
+    q, k, v = (
+        torch.cat((x, more.expand(-1, x.shape[1], -1)), dim=-1)
+        for x, more in zip((q, k, v), further, strict=True)
+    )
     return q, k, v

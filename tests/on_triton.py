@@ -1,6 +1,7 @@
 """Where tests of Triton kernels run: its interpreter, a GPU, and its compiler, which needs none."""
 
 import multiprocessing
+import re
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -46,6 +47,8 @@ def interpreting():
 
 # ---------------------------------------------------------------- compiled
 
+MATRIX_UNITS = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}  # Ampere, Hopper, Blackwell: their instructions
+
 
 def ptx(function, capability, types, fixed, **options):
     """PTX of a kernel whose pointers are aligned as torch's are.
@@ -66,6 +69,13 @@ def ptx(function, capability, types, fixed, **options):
         {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")},
     )
     return compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+
+
+def assert_wide_copies(compiled):
+    """Vectors are copied ahead of use, 16 bytes at a time."""
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (\w+)", compiled)
+    assert len(copies) > 4
+    assert set(copies) == {"0x10"}
 
 
 # ---------------------------------------------------------------- on a GPU

@@ -4,7 +4,6 @@ Without a GPU the kernel runs in Triton's interpreter; under `-m gpu` the same t
 """
 
 import math
-import re
 import warnings
 from importlib.util import find_spec
 
@@ -21,7 +20,7 @@ from illava.attention import (
     varlen_attention_received,
     varlen_log_sum_exp,
 )
-from on_triton import device_limits, measure, ptx
+from on_triton import MATRIX_UNITS, assert_wide_copies, device_limits, measure, ptx
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -423,21 +422,22 @@ def compile_for(capability, kernel, size, *, packed, unit=4):
     return ptx(function, capability, types, fixed, num_warps=4, num_stages=3, **kernels.OPTIONS)
 
 
+@pytest.mark.parametrize(("capability", "matrix_units"), MATRIX_UNITS.items())
 @pytest.mark.parametrize(
     ("kernel", "size", "packed"),
     [("column_sums", 72, True), ("column_sums", 128, False), ("log_sum_exp", 80, False)],
 )
-def test_compiles_to_a_pipeline_of_wide_copies(kernel, size, packed, tmp_path, monkeypatch):
+def test_compiles_to_a_pipeline_of_wide_copies(
+    kernel, size, packed, capability, matrix_units, tmp_path, monkeypatch
+):
     """Queries (or keys) are copied ahead of use, 16 bytes at a time: easily lost in a small change."""
     pytest.importorskip("triton", minversion="3.4")  # older ones tune only where there is a GPU
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    compiled = compile_for(90, kernel, size, packed=packed)
-    assert "wgmma" in compiled
-    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (\w+)", compiled)
-    assert len(copies) > 4
-    assert set(copies) == {"0x10"}
+    compiled = compile_for(capability, kernel, size, packed=packed)
+    assert matrix_units in compiled
+    assert_wide_copies(compiled)
     if kernel == "column_sums":
-        assert compile_for(80, "finish", size, packed=packed)
+        assert compile_for(capability, "finish", size, packed=packed)
 
 
 # ---------------------------------------------------------------- at real sizes, on a GPU
