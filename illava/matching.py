@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from illava.groups import BLOCK_ELEMENTS
 from illava.kernels import OPTIONS, Kernels, asked_for, processors
-from illava.merge import AFFINITY_BLOCK_ELEMENTS
 from illava.transfer import on
 
 KERNELS = Kernels("likeness")
@@ -102,7 +102,7 @@ def _in_blocks(
     evens, odds = index[:, ::2], index[:, 1::2]
     real = 1 + 2 * torch.arange(odds.shape[1], device=index.device) < on(index.device, counts)[:, None]
     odd = normalize(x[odds].float(), dim=-1).mT  # [S, d, O]
-    step = max(1, AFFINITY_BLOCK_ELEMENTS // odds.numel())
+    step = max(1, BLOCK_ELEMENTS // odds.numel())
     found = []
     for even in evens.split(step, dim=1):
         # What is not finite is like nothing.

@@ -160,7 +160,7 @@ def test_the_same_become_one(run, dtype):
 def test_blocks_of_plain_torch_change_nothing(monkeypatch):
     x, index, grid = segments((31, 17), 12, seed=6)
     likeness, match = matching.matches(x, index, (31, 17), 0.3, grid)
-    monkeypatch.setattr(matching, "AFFINITY_BLOCK_ELEMENTS", 64)
+    monkeypatch.setattr(matching, "BLOCK_ELEMENTS", 64)
     found = matching.matches(x, index, (31, 17), 0.3, grid)
     torch.testing.assert_close(found[0], likeness)
     assert torch.equal(found[1], match)

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from illava import merge
-from illava.merge import affinity, compact, recycled_count, select
+from illava import groups as groups_module
+from illava.groups import affinity, recycled_count
+from illava.merge import compact, select
 
 D, HEADS, KEY_HEADS = 8, 4, 2
 
@@ -362,7 +363,7 @@ def test_affinity_in_blocks_is_affinity_in_one(unit, limit, monkeypatch):
     calls = []
     matmul = torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: calls.append(1) or matmul(a, b))
-    monkeypatch.setattr(merge, "AFFINITY_BLOCK_ELEMENTS", limit)
+    monkeypatch.setattr(groups_module, "BLOCK_ELEMENTS", limit)
     blocks = affinity(queries, keys, is_target, 0.3)
     if limit == 1:
         assert len(calls) == 5, "one recycled unit at a time"

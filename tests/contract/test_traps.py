@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import zoo
 from contract import tools
 from contract.recorder import Recorder
-from illava import merge
+from illava import groups, matching
 from illava.attention import streaming
 from zoo.common import V5, Image
 
@@ -148,34 +148,37 @@ class OwnWork(TorchDispatchMode):
         return out
 
 
-def work(family, rows, monkeypatch):
+def work(family, rows, settings, monkeypatch):
     """illava's own work in one call, and the tokens of its encoder calls and of the language model."""
     model, inputs = tools.build(family), tools.prompt(family, *rows)
     recorder = Recorder(monkeypatch)
-    with tools.patch(model, family, **tools.DEEP), OwnWork() as mode:
+    with tools.patch(model, family, **settings), OwnWork() as mode:
         tools.forward(model, inputs)
     tokens = [call.layout.total_tokens for call in recorder.calls]
     return mode, [*tokens, inputs["input_ids"].numel()]
 
 
+@tools.each_rule
 @tools.each_family
-def test_nothing_as_large_as_all_pairs(family, monkeypatch):
+def test_nothing_as_large_as_all_pairs(family, settings, monkeypatch):
     """Trap 12: at most a hundred numbers a token (queries, keys and values side by side are 96).
 
     Blocks of scores are made as small as they go, or at these sizes one block would hold all pairs.
     """
     monkeypatch.setattr(streaming, "BLOCK_ELEMENTS_CPU", 1)
-    monkeypatch.setattr(merge, "AFFINITY_BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(groups, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(matching, "BLOCK_ELEMENTS", 1)
     side = 480 if family not in ("minicpmv4_6", "minicpmv4_7") else 80
     rows = [[4, *(Image(side, side, n) for n in range(4)), 5]]
-    mode, tokens = work(family, rows, monkeypatch)
+    mode, tokens = work(family, rows, settings, monkeypatch)
     assert mode.largest <= 100 * max(tokens)
 
 
+@tools.each_rule
 @tools.each_family
-def test_no_loop_over_tokens(family, monkeypatch):
+def test_no_loop_over_tokens(family, settings, monkeypatch):
     """Trap 12: four pictures cost about as many operations as one, and a large one as a small one."""
     picture = picture_of(family)
-    few, _ = work(family, [[4, picture, 5]], monkeypatch)
-    many, _ = work(family, [[4, *[picture] * 4, 5]], monkeypatch)
+    few, _ = work(family, [[4, picture, 5]], settings, monkeypatch)
+    many, _ = work(family, [[4, *[picture] * 4, 5]], settings, monkeypatch)
     assert many.operations < 1.5 * few.operations
