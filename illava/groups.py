@@ -1,7 +1,7 @@
 """Of what recycled units are made: groups, affinities and weights (paper, section 3.2.2 and eq. 3).
 
-A group is given as three tensors, a row for each unit that takes in others: that unit, the units it is made of
-and their weights, as `merge.Merge` holds them. Notation for tensor shapes as in `merge`.
+A group is given as three tensors, a row for each unit that takes in others: that unit, the units it is made
+of and their weights, as `merge.Merge` holds them. Notation for tensor shapes as in `merge`.
 """
 
 from __future__ import annotations
@@ -11,16 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from illava.grids import row_places
 from illava.transfer import on
 
 # Elements of the largest block of scores held at once while all pairs are gone through (64 MiB in fp32).
 BLOCK_ELEMENTS = 2**24
-
-
-def real_places(counts: Sequence[int], width: int, device: torch.device) -> Tensor:
-    """Flat places of the first `counts[s]` columns of each row of an `[S, width]` table."""
-    rows = [torch.arange(row * width, row * width + n) for row, n in enumerate(counts)]
-    return on(device, torch.cat(rows)) if rows else torch.zeros(0, dtype=torch.long, device=device)
 
 
 def recycled_count(kept: int, removed: int, share: float) -> int:
@@ -99,7 +94,7 @@ def recycled_groups(
     weights = torch.where(total > 0, weights / total.clamp(min=torch.finfo(total.dtype).tiny), alone)
     sources = target_units.gather(1, group.flatten(1)).view(group.shape)  # [S', C, M]
 
-    real = real_places(recycled, widest, device)
+    real = on(device, row_places(recycled, widest))
     return (
         target_units[:, :widest].flatten()[real],
         sources.flatten(0, 1)[real],  # [R, M]

@@ -198,7 +198,7 @@ class LanguageCall:
             self._scores[self.scored_at[layer]] if layer in self.scored_at else None,
             positions, self._text.to(device), self._text_width,
             place=lambda: sequence.take_rows(
-                on(device, sequence.grid_places(visual.segment, visual.tokens, self.grids)),
+                on(device, sequence.visual_places(visual.segment, visual.tokens, self.grids)),
                 (positions - self.past).clamp(min=0),
             ),
             inputs=lambda: sequence.take_rows(given.detach().to(device), stage.entry),

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from illava.groups import linear_groups, no_groups, real_places, recycled_groups
+from illava.grids import row_places
+from illava.groups import linear_groups, no_groups, recycled_groups
 from illava.transfer import on
 
 
@@ -70,7 +71,7 @@ class Merge:
         if self.mixture is not None:
             index, weights = (x.to(flat.device) for x in (self.index, self.mixture))
             mixed = torch.einsum("spn,snd->spd", weights, flat[index].float())
-            real = real_places(self.kept_counts, self.kept_table.shape[1], flat.device)
+            real = on(flat.device, row_places(self.kept_counts, self.kept_table.shape[1]))
             kept = self.kept_table.to(flat.device).flatten()[real]
             return flat.index_copy(0, kept, mixed.flatten(0, 1)[real].to(flat.dtype)).reshape(features.shape)
         if self.owner is not None and self.sizes is not None:
@@ -90,7 +91,7 @@ class Merge:
         if self.mixture is None:
             return sizes
         grown = torch.einsum("spn,sn->sp", (self.mixture != 0).to(sizes), sizes[self.index])
-        real = real_places(self.kept_counts, self.kept_table.shape[1], sizes.device)
+        real = on(sizes.device, row_places(self.kept_counts, self.kept_table.shape[1]))
         return sizes.index_copy(0, self.kept_table.flatten()[real], grown.flatten()[real])
 
 
@@ -169,8 +170,8 @@ def select(
     widest = max(keep_counts)
     table = torch.where(place < kept, order, width).sort(dim=1).values[:, :widest]  # [S, P]
     kept_table = index.gather(1, table.clamp(max=width - 1))
-    flat_kept = kept_table.flatten()[real_places(keep_counts, widest, device)]
-    flat_all = index.flatten()[real_places(counts, width, device)]
+    flat_kept = kept_table.flatten()[on(device, row_places(keep_counts, widest))]
+    flat_all = index.flatten()[on(device, row_places(counts, width))]
     keep = torch.ones(total_units, dtype=torch.bool, device=device)
     keep[flat_all] = False
     keep[flat_kept] = True

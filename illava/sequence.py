@@ -10,6 +10,7 @@ Notation for tensor shapes: B rows, L tokens of the caller, n slots of a stage, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from illava.errors import CacheError
+from illava.grids import grid_places
 from illava.merge import compact
 
 
@@ -318,7 +320,7 @@ def later_text(segment: Tensor, text: Tensor, segments: int) -> Sequence[bool]:
     return (last_text[row_of] > last_own).tolist()
 
 
-def grid_places(segment: Tensor, tokens: Sequence[int], grids: Sequence[tuple[int, int, int]]) -> Tensor:
+def visual_places(segment: Tensor, tokens: Sequence[int], grids: Sequence[tuple[int, int, int]]) -> Tensor:
     """`[B, L, 3]` frame or tile, row and column of each visual token; 0 for text.
 
     Args:
@@ -327,8 +329,10 @@ def grid_places(segment: Tensor, tokens: Sequence[int], grids: Sequence[tuple[in
         grids: `(frames or tiles, height, width)` of each in visual tokens; one that does not come to as many
             counts as one long row.
     """
-    places = torch.zeros((*segment.shape, 3), dtype=torch.long, device=segment.device)
-    for number, (total, (frames, height, width)) in enumerate(zip(tokens, grids, strict=True)):
-        shape = (frames, height, width) if frames * height * width == total else (1, 1, total)
-        places[segment == number] = torch.cartesian_prod(*map(torch.arange, shape)).to(segment.device)
-    return places
+    shapes = [
+        grid if math.prod(grid) == total else (1, 1, total) for total, grid in zip(tokens, grids, strict=True)
+    ]
+    flat = segment.flatten()  # [B * L]
+    places = torch.zeros((len(flat), 3), dtype=torch.long)
+    places[flat.argsort(stable=True)[len(flat) - sum(tokens) :]] = grid_places(shapes)
+    return places.view(*segment.shape, 3)

@@ -94,8 +94,9 @@ class VisionCall:
             for i, block in enumerate(plan.vit_layers)
         }
         self.merging = frozenset(block for block, counts in self.removed.items() if any(counts))
-        # Blocks whose attention a merge reads: a merge at the output of the last block reads that block's.
+        # Blocks whose attention a merge looks at: a merge at the output of the last block reads that block's.
         self.scoring = frozenset(min(block, self.depth - 1) for block in self.merging)
+        self.by_attention = self.settings.vit_rule != "bipartite"  # or nobody reads queries and keys
         # Blocks whose attention is illava's. Where tokens attract attention by what they stand for, they do
         # in all blocks of the plan, whether or not a picture beside them is large enough to lose some there.
         weighed = self.removed if plan.proportional and self.merging else ()
@@ -185,6 +186,9 @@ class VisionCall:
         stage = self.stage(block)
         q, k = stage.pack(q), stage.pack(k)  # [N, H, D]
         self.backend = "blocks"
+        if not self.by_attention:
+            self._finite[block] = q.isfinite().all() & k.isfinite().all()
+            return
         self._keep(block, q, k, varlen_log_sum_exp(q, k, spans, scale=scale), spans, scale, q.shape[-1])
 
     def _keep(
@@ -193,36 +197,29 @@ class VisionCall:
         """Keep `block`'s attention for the merge that reads it, if one does."""
         if block not in self.scoring:
             return
+        self._finite[block] = lse.isfinite().all()
+        if not self.by_attention:
+            return
         if self.settings.window_score == "picture" and block not in self.full_attention_blocks:
             spans = Spans.from_lengths(self.stage(block).frame_tokens, q.device)
             lse = varlen_log_sum_exp(q, k, spans, scale=scale)
         self._seen[block] = BlockAttention(q, k, lse, spans, scale, channels)
-        self._finite[block] = lse.isfinite().all()
 
     @torch.no_grad()
     def _decide(self, block: int, features: Tensor) -> merge.Merge:
         """Who survives a merge, and of what they are made, given `[U, g, d]`."""
-        seen = self._seen.pop(min(block, self.depth - 1))
-        stage, device = self.stage(block), seen.queries.device
+        seen = self._seen.pop(min(block, self.depth - 1), None)
+        stage, device = self.stage(block), features.device
         counts = stage.frame_counts
         starts = on(device, [*accumulate(counts, initial=0)][:-1])[:, None]
         index = (starts + torch.arange(max(counts), device=device)).clamp(max=sum(counts) - 1)
-
-        def from_class() -> Tensor:
-            class_tokens = on(device, [*accumulate(stage.frame_tokens, initial=0)][:-1])
-            return stage.by_unit(seen.received_from(class_tokens, stage.frame_tokens)).mean(dim=1)
-
         candidates = Candidates(
             "vit", block, index, counts,
             tuple(n - r for n, r in zip(counts, self.removed[block], strict=True)),
             features.detach(),
             stage.unit_sizes(device),
-            stage.by_unit(seen.queries)[..., : seen.channels],  # [U, g, H, D]
-            stage.by_unit(seen.keys)[..., : seen.channels],
-            seen.scale,
-            _attention=lambda: seen.received(stage, self.settings.score == "lse"),
-            _class_attention=from_class if stage.layout.prefix else None,
-            _place=lambda: on(device, self.layout.places())[stage.units.to(device)],
+            _place=lambda: on(device, self.layout.places)[stage.units.to(device)],
+            **({} if seen is None else seen.of_units(stage, self.settings.score == "lse")),
         )  # fmt: skip
         return decide(candidates, self.plan)
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +38,25 @@ class BlockAttention:
     spans: Spans
     scale: float
     channels: int
+
+    def of_units(self, stage: Stage, lse: bool) -> dict[str, Any]:
+        """What `Candidates` tell of it.
+
+        Args:
+            lse: whether the query statistic stands in for attention received.
+        """
+
+        def from_class() -> Tensor:
+            starts = on(self.queries.device, [*accumulate(stage.frame_tokens, initial=0)][:-1])
+            return stage.by_unit(self.received_from(starts, stage.frame_tokens)).mean(dim=1)
+
+        return dict(
+            queries=stage.by_unit(self.queries)[..., : self.channels],  # [U, g, H, D]
+            keys=stage.by_unit(self.keys)[..., : self.channels],
+            scale=self.scale,
+            _attention=lambda: self.received(stage, lse),
+            _class_attention=from_class if stage.layout.prefix else None,
+        )
 
     def received(self, stage: Stage, lse: bool = False) -> Tensor:
         """`[U]` attention each unit of this stage receives, or the query statistic `lse`."""

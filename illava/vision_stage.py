@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from illava.attention import Spans
-from illava.families.layout import Layout, Survivors, row_places
+from illava.families.layout import Layout, Survivors
+from illava.grids import row_places
 from illava.transfer import on
 
 

@@ -12,6 +12,7 @@ from illava import bipartite
 from illava.errors import PlanError
 from illava.families.layout import Layout
 from illava.tracing import _sources
+from illava.vision_scores import BlockAttention
 from references.core import pairs_joined
 from zoo.common import Image
 
@@ -98,14 +99,14 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_units_stand_where_their_patches_do(layout):
     raster, patches, first = layout.raster_units().tolist(), layout.patches().tolist(), 0
-    places = iter(zip(raster, layout.places().tolist(), strict=True))
+    places = iter(zip(raster, layout.places.tolist(), strict=True))
     for frame, (height, width) in enumerate(layout.frames):
         for _ in range(layout.frame_units[frame]):
             number, place = next(places)
             row, column = divmod(min(patches[number]) - first, width)
             assert place == [frame, row // layout.side, column // layout.side]
         first += height * width
-    assert len({tuple(place) for place in layout.places().tolist()}) == layout.total_units
+    assert len({tuple(place) for place in layout.places.tolist()}) == layout.total_units
 
 
 def test_units_that_take_in_none_are_left_bit_for_bit():
@@ -226,6 +227,21 @@ def test_the_language_model_needs_no_attention_for_it(family, monkeypatch):
     ranked = illava.patch(model, reduction=0.7, merge="recycle")
     with ranked, pytest.raises(AssertionError, match="nobody reads"):
         tools.forward(model, inputs)
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_the_encoder_keeps_no_attention_for_it(family, monkeypatch):
+    kept = []
+    made = BlockAttention.__init__
+    monkeypatch.setattr(BlockAttention, "__init__", lambda *args: kept.append(1) or made(*args))
+    model, inputs = tools.build(family), tools.prompt_of(family, tools.mixed(family))
+    with illava.patch(model, **tools.DEFAULT) as handle:
+        tools.forward(model, inputs)
+        assert any(picture.entered_tokens < picture.tokens for picture in handle.report.pictures)
+    assert not kept
+    with illava.patch(model, **tools.DEEP):
+        tools.forward(model, inputs)
+    assert kept
 
 
 def test_rules_are_named():

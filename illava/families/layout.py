@@ -13,6 +13,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from illava.grids import grid_places, numbered, row_places
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -101,14 +103,13 @@ class Layout:
             return torch.arange(self.total_units)
         return self._by_frame(lambda rows, columns: _window_order(rows, columns, self.window_side))
 
+    @cached_property
     def places(self) -> Tensor:
         """`[U, 3]` frame, counted over the whole call, row and column of each unit; on the CPU."""
-        sides = ((h // self.side, w // self.side) for h, w in self.frames)
-        grids = [
-            torch.cartesian_prod(torch.tensor([frame]), torch.arange(rows), torch.arange(columns))
-            for frame, (rows, columns) in enumerate(sides)
-        ]
-        return torch.cat(grids)[self.raster_units()]
+        grids = [(1, h // self.side, w // self.side) for h, w in self.frames]
+        frame, _ = numbered(self.frame_units)
+        places = torch.cat((frame[:, None], grid_places(grids)[:, 1:]), dim=1)
+        return places[self.raster_units()]
 
     def token_units(self) -> Tensor:
         """`[U]` for each visual token the unit it is made of, in raster order; on the CPU."""
@@ -122,18 +123,13 @@ class Layout:
 
     def _by_frame(self, order: Callable[[int, int], Tensor]) -> Tensor:
         """One frame's order of units after another, given its rows and columns of units."""
-        orders = [order(h // self.side, w // self.side) for h, w in self.frames]
-        return _shifted(orders, self.frame_units)
+        orders = {(h, w): order(h // self.side, w // self.side) for h, w in set(self.frames)}
+        return _shifted([orders[size] for size in self.frames], self.frame_units)
 
     def halved(self) -> Layout:
         """The layout after a module inside the encoder has joined 2 x 2 patches."""
         grids = tuple((t, h // 2, w // 2) for t, h, w in self.grids)
         return replace(self, grids=grids, side=self.side // 2)
-
-
-def row_places(counts: Sequence[int], width: int) -> Tensor:
-    """`[N]` the places of the first `counts` of each row of `width`, rows end to end; on the CPU."""
-    return torch.cat([torch.arange(n) + row * width for row, n in enumerate(counts)])
 
 
 def _unit_places(height: int, width: int, side: int) -> Tensor:

@@ -101,7 +101,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, scale: float
     if call is None:
         raise RuntimeError("illava's attention called outside a call of the encoder")
     call.begin_attention(block, None if bounds is None else bounds.clone())
-    if block in call.scoring:  # the merge reads them later, when the graph may have used their memory again
+    if call.by_attention and block in call.scoring:
+        # The merge reads them later, when the graph may have used their memory again.
         q, k = q.clone(), k.clone()
     return call.attend(q, k, v, scale).contiguous()
 
