@@ -1,6 +1,7 @@
 """Bipartite soft matching: rounds, ragged segments, weights, and what becomes of it in a model."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from contract import tools
 from illava import bipartite
 from illava.errors import PlanError
 from illava.families.layout import Layout
+from illava.schedule import resolve
 from illava.tracing import _sources
+from illava.vision import VisionCall
 from illava.vision_scores import BlockAttention
 from references.core import pairs_joined
 from zoo.common import Image
@@ -252,3 +255,22 @@ def test_rules_are_named():
     plan = illava.Plan(vit_merge="bipartite", merge="prune")
     assert illava.Plan.from_json(plan.to_json()) == plan
     assert illava.Plan.from_json("{}") == replace(plan, vit_merge=None, merge="bipartite")
+
+
+@pytest.mark.parametrize("rule", ["bipartite", "recycle"])
+def test_whether_observed_attention_is_finite(rule):
+    """Of published code, whose attention is its own; padding may hold anything."""
+    parts = SimpleNamespace(full_attention_blocks={0, 1}, window_patches=0, dead_rows=-torch.inf, regrid=None)
+    plan = resolve(
+        illava.Plan((0, 1), (), 0.5, merge=rule),
+        vit_ranked=(), llm_ranked=(), vit_depth=2, llm_depth=2, merge_size=1,
+    )  # fmt: skip
+    call = VisionCall(plan, parts, LAYOUTS["single patches"], torch.device("cpu"), "sdpa")
+    for block in (0, 1):
+        width = call.stages[-1].width
+        q = torch.randn(2, width, 2, 4)
+        q[1, -1 if block else 0] = torch.nan  # the second picture is the smaller
+        call.begin_attention(block, None)
+        call.decide_observed(q, q, 0.5)
+        call.merge(block, torch.randn(2, width, 8))
+    assert [told.item() for told in call.record.finite.values()] == [False, True]

@@ -135,10 +135,11 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("rule", ["bipartite", "recycle"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_merging_in_the_encoder(device, layout):
+def test_merging_in_the_encoder(device, layout, rule):
     plan = resolve(
-        Plan((0, 1), (), 0.5),
+        Plan((0, 1), (), 0.5, merge=rule),
         vit_ranked=(),
         llm_ranked=(),
         vit_depth=4,
@@ -164,8 +165,9 @@ class Windowed(Parts):
     window_patches = 16
 
 
+@pytest.mark.parametrize("rule", ["bipartite", "recycle"])
 @pytest.mark.parametrize("implementation", ["sdpa", "flash_attention_2"])
-def test_merging_in_windows(device, monkeypatch, implementation):
+def test_merging_in_windows(device, monkeypatch, implementation, rule):
     """How many tokens of a window survived a merge only the device knows, and nobody asks it."""
 
     def attend(q, k, v, spans, *, scale, backend):
@@ -175,14 +177,16 @@ def test_merging_in_windows(device, monkeypatch, implementation):
     def received(q, k, lse, spans, *, scale, unit=1):
         assert unit == 4, "units stand side by side: the kernel averages over them"
         assert spans.tokens is None
+        read.append(unit)
         return torch.empty(len(q) // unit, device=CUDA)
+
+    read = []
 
     monkeypatch.setattr(vision, "varlen_attention", attend)
     monkeypatch.setattr(vision_scores, "varlen_attention_received", received)
     layout = Layout(((1, 8, 8), (1, 8, 12)), 2)
-    plan = resolve(
-        Plan((0, 1, 2), (), 0.5), vit_ranked=(), llm_ranked=(), vit_depth=4, llm_depth=4, merge_size=2
-    )
+    asked = Plan((0, 1, 2), (), 0.5, merge=rule)
+    plan = resolve(asked, vit_ranked=(), llm_ranked=(), vit_depth=4, llm_depth=4, merge_size=2)
     call = VisionCall(plan, Windowed, layout, CUDA, implementation, plan_id=-7)
     hooks = EncoderHooks(SimpleNamespace(plan=plan, seams=Windowed, fast_windows=False, number=-7))
     under_way.VISION.enter(call)
@@ -199,6 +203,7 @@ def test_merging_in_windows(device, monkeypatch, implementation):
         call.merge(block, torch.empty(tokens, 32, device=CUDA, dtype=torch.bfloat16))
     under_way.VISION.leave(call)
     assert len(call.stages) == 4
+    assert len(read) == (3 if rule == "recycle" else 0)
 
 
 @pytest.mark.parametrize("padded", [False, True])
