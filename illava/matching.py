@@ -7,7 +7,7 @@ that nothing of size E x O is ever stored, nor a copy of features gathered, wide
 are of features as they are, on the matrix units of their type, their sums in float32, and norms come
 after: as exact as float32 throughout, at the speed of fp16 and bf16. The first of equals wins, on both.
 
-There is one shape of tile for a type and a size, so nothing is tuned while a user waits.
+There is one shape of tile for a type and a size: a first call compiles, and tunes nothing while a user waits.
 Notation for tensor shapes as in `bipartite`.
 """
 
