@@ -22,6 +22,9 @@ or smaller. Bounds are the plan's: operations for times (`handle.report.flops`),
     kv_cache, peak_memory    as measured, and `_by_plan` as the plan's arithmetic has them
     own_share    of a prefill, inside illava's own hooks and statistics
 
+`--profile` tells of the unpatched model and of illava's arms which kernels (on a CPU: operations) one prefill
+spends its time in, and whose they are: a table, and <csv>_profile.csv.
+
 A case that runs out of memory, or out of its time, is written down as such, and the run goes on.
 """
 
@@ -32,6 +35,7 @@ import sys
 import time
 from pathlib import Path
 
+import speed_profile
 import torch
 import transformers
 from rich.console import Console
@@ -90,6 +94,7 @@ def measure(options: argparse.Namespace, rows: Rows, setting: dict[str, str], co
         options.decode_rounds,
         options.limit,
         options.inject_oom,
+        options.profile,
     )
     models, begun = Models(settings), time.monotonic()
     console.print(
@@ -111,6 +116,8 @@ def measure(options: argparse.Namespace, rows: Rows, setting: dict[str, str], co
             unpatched, trials = run_case(case, arms, models, settings, step)
             for trial in trials:
                 _write(rows, setting, case, trial, unpatched, options)
+            for trial in (unpatched, *trials):
+                _profiled(setting, case, trial, options, console)
             del unpatched, trials  # and the inputs with them
             progress.advance(overall)
             if console.is_terminal is False:
@@ -136,6 +143,19 @@ def _write(
         return
     tokens, final = tokens_of(trial)
     rows.add(key, found, tokens=tokens, final_tokens=final, layers=trial.layers, status=OK)
+
+
+def _profiled(
+    setting: dict[str, str], case: Case, trial: Trial, options: argparse.Namespace, console: Console
+) -> None:
+    """Write and print where a prefill's time went, if that was asked for."""
+    if not trial.spent:
+        return
+    arm = trial.arm or Arm("unpatched", 0.0)
+    path = options.csv.with_name(f"{options.csv.stem}_profile.csv")
+    speed_profile.write(path, _key(setting, case, arm, options), trial.spent)
+    if trial.arm is not None:
+        speed_profile.show(console, f"{case}, {arm}", trial.spent)
 
 
 def main(arguments: list[str] | None = None) -> int:

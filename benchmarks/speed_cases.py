@@ -21,6 +21,7 @@ from illava.families.seams import Seams
 OURS, EARLY, RECYCLE = "illava", "illava early", "illava recycle"
 SMALLER_PICTURE, SMALLER_MODEL = "smaller picture", "smaller model"
 WINDOWS, WINDOWS_MERGING = "fast windows", "illava, fast windows"
+PROFILED = OURS, EARLY, RECYCLE  # with --profile, beside the unpatched model
 EARLY_SHARE = 0.8
 # Measured first: the sizes, contents and batches that the README speaks of.
 TOKENS_FIRST = (4096, 16384, 1024, 256)

@@ -118,6 +118,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--limit", type=float, help="seconds a case may take before its rounds are cut")
     add("--budget", type=float, help="seconds after which no further case begins; CPU: 420")
     add("--threads", type=int, help="of torch, on a CPU")
+    add("--profile", action="store_true", help="say, too, where prefills' time goes, in <csv>_profile.csv")
     add("--csv", type=Path, help="default: benchmarks/results/speed_<device>.csv")
     add("--plot", type=Path, help="without a suffix; default: beside the CSV, .png and .svg")
     add("--markdown", type=Path, help="write the block for the README; measures nothing")

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from prefill_models import build_config, build_model
-from speed_cases import SMALLER_MODEL, SMALLER_PICTURE, Arm, Case, plan_of
+from speed_cases import PROFILED, SMALLER_MODEL, SMALLER_PICTURE, Arm, Case, plan_of
 from speed_inputs import NEAR, Shown, show
 from speed_measure import Decoding, Peak, Prefill, Side
 from speed_models import MODELS
+from speed_profile import Spent, profile
 from speed_ranges import Ranges
 from speed_rows import ABSENT, LIMIT, OK, OOM
 
@@ -46,6 +47,7 @@ class Settings:
     decode_rounds: int
     limit: float
     inject_oom: str = ""
+    profile: bool = False
 
 
 @dataclass
@@ -58,6 +60,7 @@ class Trial:
         prefills, decodings: one per round, each with the unpatched model's around it.
         report: illava's own of a warm-up call.
         own_shares: of illava's code in a prefill, one per call looked at.
+        spent: where one prefill's time goes, if that was asked for.
     """
 
     arm: Arm | None
@@ -70,6 +73,7 @@ class Trial:
     layers: str = ""
     peak: Peak | None = None
     own_shares: list[float] = field(default_factory=list)
+    spent: list[Spent] = field(default_factory=list)
 
     def patched(self) -> Any:
         """The model patched, if this arm patches it."""
@@ -203,6 +207,9 @@ def _warm_up(trial: Trial, settings: Settings, step: Callable[[str], None]) -> N
         with Ranges.installed(), trial.patched():
             calls = 3 if side.clock.cuda else 1
             trial.own_shares = [side.own_share() for _ in range(calls)]
+    if settings.profile and (trial.arm is None or trial.arm.name in PROFILED):
+        with Ranges.installed(), trial.patched():
+            trial.spent = profile(side)
     step("warming up")
 
 
