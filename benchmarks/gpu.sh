@@ -55,7 +55,7 @@ export python
 # share) and one in each round, the unpatched model's around every four of them.
 part environment 20 bash -c environment
 part tests 130 "$python" -m pytest -m gpu -s
-few=(--rivals "illava recycle" --rivals-at 0.889 --new-tokens 0 --contents picture --batches 1 --warmup 1)
+few=(--profile --rivals "illava recycle" --rivals-at 0.889 --new-tokens 0 --contents picture --batches 1 --warmup 1)
 # 16,384 tokens at about 2 s a call: 30 calls before the one round its limit allows.
 speed prefill-7b 115 "${few[@]}" --rounds 5 --models qwen2.5-vl-7b --tokens 4096 16384 1024 \
   --reductions 0 0.667 0.778 0.889 --limit 45

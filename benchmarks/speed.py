@@ -22,8 +22,8 @@ or smaller. Bounds are the plan's: operations for times (`handle.report.flops`),
     kv_cache, peak_memory    as measured, and `_by_plan` as the plan's arithmetic has them
     own_share    of a prefill, inside illava's own hooks and statistics
 
-`--profile` tells of the unpatched model and of illava's arms which kernels (on a CPU: operations) one prefill
-spends its time in, and whose they are: a table, and <csv>_profile.csv.
+`--profile` tells of the unpatched model, and of illava's arms where they remove most, which kernels (on a
+CPU: operations) a prefill spends its time in, and whose they are: a table, and <csv>_profile.csv.
 
 A case that runs out of memory, or out of its time, is written down as such, and the run goes on.
 """

@@ -1,7 +1,8 @@
 """Where the time of one prefill goes: torch's profiler, told apart by whose work it is.
 
-`speed.py --profile` profiles the unpatched model and illava's arms once each, after their warm-up: nothing of
-it is in the figures. Time is the device's own where it has its own (kernels), else the operations' on the CPU.
+`speed.py --profile` profiles the unpatched model, and illava's arms where they remove most, once each, after
+their warm-up: nothing of it is in the figures. Time is the device's own where it has its own (kernels), else
+the CPU's (operations, and what Python does between them in illava's code).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from speed_ranges import Ranges
 OWNERS = "illava", "model"  # the names of `Ranges`
 COLUMNS = "owner", "what", "calls", "ms", "share"
 LEAST_SHARE = 1e-3  # of what is listed by name
-OTHERS = "others"
+OTHERS, PYTHON = "others", "Python between operations"
 NAME_LENGTH = 100  # of a kernel's name, template arguments and all
 
 
@@ -72,7 +73,7 @@ def spent(events: Iterable[Any], cuda: bool) -> list[Spent]:
             else [(event.name, event.self_cpu_time_total)]
         )
         for name, us in ran:
-            key = _owner(event), name[:NAME_LENGTH]
+            key = _owner(event), PYTHON if name in OWNERS else name[:NAME_LENGTH]
             ms[key] += us / 1e3
             calls[key] += 1
     total = sum(ms.values())

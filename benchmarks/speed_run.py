@@ -141,6 +141,8 @@ def run_case(
                 if trial.status == OK:
                     with _guarded(trial, settings):
                         _warm_up(trial, settings, step)
+            if settings.profile:
+                _profile(every, settings)
             alive = [t for t in trials if t.status == OK]
             for number in range(settings.rounds):
                 if number and time.monotonic() > deadline - DECODING * settings.limit:
@@ -207,10 +209,17 @@ def _warm_up(trial: Trial, settings: Settings, step: Callable[[str], None]) -> N
         with Ranges.installed(), trial.patched():
             calls = 3 if side.clock.cuda else 1
             trial.own_shares = [side.own_share() for _ in range(calls)]
-    if settings.profile and (trial.arm is None or trial.arm.name in PROFILED):
-        with Ranges.installed(), trial.patched():
-            trial.spent = profile(side)
     step("warming up")
+
+
+def _profile(trials: Sequence[Trial], settings: Settings) -> None:
+    """Of the unpatched model, and of illava where it removes most."""
+    most = max((t.arm.reduction for t in trials if t.arm is not None), default=0.0)
+    for trial in trials:
+        ours = trial.arm is None or (trial.arm.name in PROFILED and trial.arm.reduction == most)
+        if ours and trial.side is not None and trial.status == OK:
+            with _guarded(trial, settings), Ranges.installed(), trial.patched():
+                trial.spent = profile(trial.side)
 
 
 def _in_turn(

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from illava.matching import matches
-from illava.merge import Merge, joined, select
-from illava.transfer import on
+from illava.merge import Merge, joined, real_or, select
 
 
 def join(
@@ -54,27 +53,22 @@ def join(
     total, device = len(sizes), features.device
     index, sizes = index.to(device), sizes.to(device).float()
     x = features.flatten(1)  # [U, g*d]
-    owner, keep = torch.arange(total, device=device), torch.ones(total, dtype=torch.bool, device=device)
-    first, weights = None, sizes
+    everyone = torch.arange(total + 1, device=device)
+    first, owner, keep, weights = None, everyone[:total], None, sizes
     left, places, wanted = tuple(counts), index, tuple(keep_counts)
     while True:
         after = tuple(max(p, n - n // 2) for n, p in zip(left, wanted, strict=True))
         likeness, match = matches(x, places, left, distance_penalty, grid)
         decision = select(-likeness, places, left, after, total_units=total, rule="prune")
         goes = torch.where(decision.keep[places], places, places.gather(1, match))  # [S, N]
-        step = torch.arange(total + 1, device=device)
-        step = step.scatter(0, _real(places, left, total).flatten(), goes.flatten())[:total]
-        owner, keep = step[owner], keep & decision.keep
-        first = decision if first is None else first
+        step = everyone.scatter(0, real_or(total, places, left).flatten(), goes.flatten())[:total]
+        if first is None:
+            first, owner, keep = decision, step, decision.keep
+        else:
+            owner, keep = step[owner], keep & decision.keep
         if after == wanted:
             table = decision.kept_table
             return replace(first, keep=keep, kept_table=table, kept_counts=wanted, owner=owner, sizes=sizes)
         x = joined(x.float(), step, weights, sum(left) - sum(after))
         weights = torch.zeros_like(weights).index_add(0, step, weights)
         left, places = after, decision.kept_table
-
-
-def _real(index: Tensor, counts: Sequence[int], spare: int) -> Tensor:
-    """`[S, N]` where units stand, and `spare` for padding."""
-    place = torch.arange(index.shape[1], device=index.device)
-    return torch.where(place < on(index.device, counts)[:, None], index, spare)

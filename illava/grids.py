@@ -18,6 +18,8 @@ def numbered(counts: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 def row_places(counts: Sequence[int], width: int) -> Tensor:
     """`[N]` the places of the first `counts` of each row of `width`, rows end to end."""
+    if len(set(counts)) == 1:
+        return torch.arange(len(counts) * width).view(-1, width)[:, : counts[0]].flatten()
     row, place = numbered(counts)
     return row * width + place
 

@@ -107,16 +107,18 @@ def joined(flat: Tensor, owner: Tensor, sizes: Tensor, gone: int) -> Tensor:
         sizes: `[U]` how much each weighs.
         gone: how many go into another.
     """
-    number = torch.zeros_like(owner).index_add(0, owner, torch.ones_like(owner))  # [U]
     sizes = sizes.float()
-    total = torch.zeros_like(sizes).index_add(0, owner, sizes)
-    rows = torch.arange(len(flat), device=flat.device)  # [I], ascending
-    if 4 * gone < len(flat):
-        rows = compact((number[owner] > 1)[None], 2 * gone)[0]  # each goes into one, so no more are concerned
+    total = torch.zeros_like(sizes).index_add(0, owner, sizes)  # [U] of all that go into each
+    takes_in, share = total > sizes, (sizes / total[owner])[:, None]
+    if 4 * gone >= len(flat):
+        mixed = torch.zeros_like(flat, dtype=torch.float32).index_add(0, owner, share * flat.float())
+        return torch.where(takes_in[:, None], mixed.to(flat.dtype), flat)
+    rows = compact(takes_in[owner][None], 2 * gone)[0]  # [I] each goes into one, so no more are concerned
     slot = torch.zeros_like(owner).scatter(0, rows, torch.arange(len(rows), device=rows.device))
-    share, part = (sizes / total[owner])[rows, None], flat[rows]
-    mixed = torch.zeros_like(part, dtype=torch.float32).index_add(0, slot[owner[rows]], share * part.float())
-    return flat.index_copy(0, rows, torch.where((number[rows] > 1)[:, None], mixed.to(flat.dtype), part))
+    part = flat[rows]
+    mixed = torch.zeros_like(part, dtype=torch.float32)
+    mixed = mixed.index_add(0, slot[owner[rows]], share[rows] * part.float())
+    return flat.index_copy(0, rows, torch.where(takes_in[rows, None], mixed.to(flat.dtype), part))
 
 
 def select(
@@ -170,11 +172,9 @@ def select(
     widest = max(keep_counts)
     table = torch.where(place < kept, order, width).sort(dim=1).values[:, :widest]  # [S, P]
     kept_table = index.gather(1, table.clamp(max=width - 1))
-    flat_kept = kept_table.flatten()[on(device, row_places(keep_counts, widest))]
-    flat_all = index.flatten()[on(device, row_places(counts, width))]
-    keep = torch.ones(total_units, dtype=torch.bool, device=device)
-    keep[flat_all] = False
-    keep[flat_kept] = True
+    keep = torch.ones(total_units + 1, dtype=torch.bool, device=device)
+    keep = keep.index_fill(0, real_or(total_units, index, counts).flatten(), False)
+    keep = keep.index_fill(0, real_or(total_units, kept_table, keep_counts).flatten(), True)[:total_units]
 
     groups, mixture = no_groups(device), None
     if callable(rule):
@@ -190,6 +190,16 @@ def select(
             order, index, counts, keep_counts, recycled_share, members, queries, keys, scale
         )
     return Merge(keep, *groups, kept_table, tuple(keep_counts), index, tuple(counts), importance, mixture)
+
+
+def real_or(spare: int, index: Tensor, counts: Sequence[int]) -> Tensor:
+    """A table `[S, N]` of units with `spare` in the place of padding."""
+    width = index.shape[1]
+    if min(counts) == width:
+        return index
+    return torch.where(
+        torch.arange(width, device=index.device) < on(index.device, counts)[:, None], index, spare
+    )
 
 
 def compact(keep: Tensor, length: int) -> Tensor:

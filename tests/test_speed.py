@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import bounds
 import pytest
@@ -17,6 +19,7 @@ from speed import plan_work
 from speed_cases import (
     EARLY,
     OURS,
+    RECYCLE,
     RIVALS,
     SMALLER_MODEL,
     WINDOWS,
@@ -31,6 +34,7 @@ from speed_inputs import CONTENTS, Shown, rectangle, show
 from speed_measure import Peak, Side
 from speed_models import MODELS
 from speed_options import parse
+from speed_profile import OTHERS, OWNERS, PYTHON, spent
 from speed_ranges import Clock, Ranges
 from speed_rows import COLUMNS, KEY, OK, OOM, Rows, environment, figure, identity
 from speed_run import Models, Settings, Trial, run_case
@@ -66,7 +70,7 @@ def shown_to(model, name, content, tokens, count=1, rows=1):
 
 @pytest.mark.slow  # two fresh interpreters
 def test_a_run_writes_resumes_and_records_what_ran_out_of_memory(tmp_path):
-    printed, rows = run(tmp_path, "--inject-oom", "FastV")
+    printed, rows = run(tmp_path, "--inject-oom", "FastV", "--profile")
     measured = {row["arm"] for row in rows if row["status"] == OK}
     assert measured == {OURS, EARLY, "VisionZip", SMALLER_MODEL}
     (lost,) = [row for row in rows if row["arm"] == "FastV"]
@@ -83,6 +87,13 @@ def test_a_run_writes_resumes_and_records_what_ran_out_of_memory(tmp_path):
     assert all(float(row["value"]) > 0 for row in rows if row["status"] == OK)
     assert (tmp_path / "speed.png").stat().st_size > 10_000
     assert (tmp_path / "speed.svg").read_text().startswith("<?xml")
+
+    assert "illava's own" in printed
+    with (tmp_path / "speed_profile.csv").open(newline="") as file:
+        profiled = list(csv.DictReader(file))
+    assert {row["arm"] for row in profiled} == {"unpatched", OURS, EARLY}
+    assert {row["owner"] for row in profiled if row["arm"] == EARLY} == {"illava", "model"}
+    assert {row["owner"] for row in profiled if row["arm"] == "unpatched"} == {"model"}
 
     again, after = run(tmp_path)
     assert "0 arms to measure" in again
@@ -268,6 +279,48 @@ def test_the_models_own_attention_is_not_illavas():
     inner = Ranges.around(lambda: None, own=False)
     Ranges.around(inner)()
     assert ranges.ms() == pytest.approx(3e3)
+
+
+def test_a_profile_tells_whose_work_it_is():
+    """In every stage: what illava runs unpatched models do not, and attention stays the model's."""
+    (case,) = all_cases(["qwen2.5-vl-7b"], ["sdpa"], ["picture"], [256], [1], 1, 1)
+    settings = replace(SETTINGS, profile=True)
+    arms = [Arm(OURS, 0.0), Arm(OURS, 0.889), Arm("FastV", 0.889), Arm(RECYCLE, 0.889)]
+    unpatched, trials = run_case(case, arms, Models(settings), settings, lambda what: None)
+    less, ours, other, by_attention = (trial.spent for trial in trials)
+    assert not less
+    assert not other, "not one of illava's arms"
+    assert by_attention
+    assert {row.owner for row in unpatched.spent} == {"model"}
+    names = {owner: {row.what for row in ours if row.owner == owner} for owner in OWNERS}
+    assert PYTHON in names["illava"]
+    assert {"aten::bmm", "aten::sort"} <= names["illava"]
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in names["model"] - names["illava"]
+    for rows in (unpatched.spent, ours):
+        assert sum(row.share for row in rows) == pytest.approx(1)
+        assert [row.ms for row in rows] == sorted((row.ms for row in rows), reverse=True)
+    assert 0.02 < sum(row.share for row in ours if row.owner == "illava") < 0.9
+
+
+def test_kernels_belong_to_whom_launched_them():
+    """As the profiler of a GPU tells: kernels hang on the operations and ranges that launched them."""
+
+    def event(name, parent=None, *kernels, device=torch.autograd.DeviceType.CPU):
+        ran = [SimpleNamespace(name=kernel, duration=us) for kernel, us in kernels]
+        return SimpleNamespace(name=name, cpu_parent=parent, kernels=ran, device_type=device)
+
+    own = event("illava", None, ("best_match", 3000))  # Triton launches without an operation
+    model = event("model", own)
+    events = [
+        own, model, event("aten::mm", None, ("gemm", 90_000)), event("aten::add", own, ("add", 2000)),
+        event("aten::add", model, ("add", 4000)), event("aten::relu", None, ("relu", 10), ("memset", 10)),
+        event("gemm", None, device=torch.autograd.DeviceType.CUDA),
+    ]  # fmt: skip
+    found = [(row.owner, row.what, row.calls, row.ms) for row in spent(events, cuda=True)]
+    assert found == [
+        ("model", "gemm", 1, 90), ("model", "add", 1, 4), ("illava", "best_match", 1, 3),
+        ("illava", "add", 1, 2), ("model", OTHERS, 2, 0.02),
+    ]  # fmt: skip
 
 
 def test_the_peak_by_arithmetic_is_where_cache_and_activations_are_most():
