@@ -54,7 +54,12 @@ export python
 # then calls of 0.1 to 2 s, five per arm before the rounds (one warm-up, one for memory, three for illava's own
 # share) and one in each round, the unpatched model's around every four of them.
 part environment 20 bash -c environment
-part tests 130 "$python" -m pytest -m gpu -s
+# Most of what tests take is compiling, some hundreds of kernels at a second each, on one core: in processes
+# side by side. Those that print times come after them, alone.
+side_by_side=()
+"$python" -c "import xdist" 2>/dev/null && side_by_side=(-n 8)
+part tests 90 "$python" -m pytest -m gpu -k "not test_real" "${side_by_side[@]}"
+part times 45 "$python" -m pytest -m gpu -k test_real -s
 few=(--profile --rivals "illava recycle" --rivals-at 0.889 --new-tokens 0 --contents picture --batches 1 --warmup 1)
 # 16,384 tokens at about 2 s a call: 30 calls before the one round its limit allows.
 speed prefill-7b 115 "${few[@]}" --rounds 5 --models qwen2.5-vl-7b --tokens 4096 16384 1024 \
@@ -64,7 +69,7 @@ speed rivals-7b 100 --models qwen2.5-vl-7b --tokens 4096 --contents picture --ba
   --new-tokens 0 --reductions 0.889 --rivals-at 0.889 --attn sdpa --limit 60
 speed throughput 130 --models qwen2.5-vl-7b internvl2.5-26b --tokens 1024 --contents picture --batches 8 \
   --rounds 1 --warmup 1 --reductions 0.889 --rivals "smaller model" --attn sdpa --limit 80
-speed others 55 "${few[@]}" --rounds 3 --models llava-onevision-7b internvl2.5-8b --tokens 4096 --reductions 0.889
+speed others 50 "${few[@]}" --rounds 3 --models llava-onevision-7b internvl2.5-8b --tokens 4096 --reductions 0.889
 part prefill.py 40 "$python" benchmarks/prefill.py --config qwen2.5-vl-7b --device cuda --dtype bfloat16 \
   --rounds 5 --csv "$out/prefill_cuda.csv"
 

@@ -367,6 +367,7 @@ def test_gpu_script_reports_every_part_and_fails_in_none(tmp_path):
     assert done.returncode == 0, done.stderr
     status = (tmp_path / "out" / "status.txt").read_text()
     assert "tests          status   3" in status
+    assert "times          status   3" in status
     for name in ("environment", "prefill-7b", "rivals-7b", "throughput", "prefill.py"):
         assert name in status
         assert name in done.stdout
