@@ -435,7 +435,7 @@ def test_compiles_to_a_pipeline_of_wide_copies(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     compiled = compile_for(capability, kernel, size, packed=packed)
     assert matrix_units in compiled
-    assert_wide_copies(compiled)
+    assert_wide_copies(compiled, *["0x4"] * (capability == 100))  # Triton 3.6 copies levels, too, there
     if kernel == "column_sums":
         assert compile_for(capability, "finish", size, packed=packed)
 
