@@ -127,6 +127,7 @@ class MergedLayer(DynamicLayer):
 
     def crop(self, tokens: int) -> None:
         """Forget the caller's last tokens: `-tokens` of them, or (4.57) all after the first `tokens`."""
+        tokens = int(tokens)  # assisted decoding in transformers 5.17 gives a tensor
         target = max(0, self.seen + tokens) if tokens < 0 else tokens
         if self.positions is None or self.keys is None or self.values is None:
             return

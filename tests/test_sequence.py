@@ -116,13 +116,18 @@ CROPS = [
 ]
 
 
+@pytest.mark.parametrize("kind", [int, torch.tensor])
 @pytest.mark.parametrize("convention", ["negative", "positive"])
 @pytest.mark.parametrize(("target", "positions"), CROPS)
-def test_crop_forgets_the_callers_last_tokens(layer, target, positions, convention):
-    """`-n` forgets n tokens (transformers 4.57 and 5); a positive length (4.57) keeps that many."""
-    layer.crop(target - 10 if convention == "negative" else target)
+def test_crop_forgets_the_callers_last_tokens(layer, target, positions, convention, kind):
+    """`-n` forgets n tokens (transformers 4.57 and 5); a positive length (4.57) keeps that many.
+
+    Assisted decoding in transformers 5.17 says how many in a tensor; what is left is a number all the same.
+    """
+    layer.crop(kind(target - 10 if convention == "negative" else target))
     assert layer.positions.tolist() == positions
     assert layer.get_seq_length() == target
+    assert type(layer.get_seq_length()) is int
     assert_consistent(layer)
     fill(layer, [[target], [target]], 1)
     assert layer.positions[:, -1].tolist() == [target] * 2
