@@ -18,7 +18,7 @@ def numbered(counts: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 def row_places(counts: Sequence[int], width: int) -> Tensor:
     """`[N]` the places of the first `counts` of each row of `width`, rows end to end."""
-    if len(set(counts)) == 1:
+    if len(set(counts)) == 1:  # one picture, or all of a size: the common case, in a third of the operations
         return torch.arange(len(counts) * width).view(-1, width)[:, : counts[0]].flatten()
     row, place = numbered(counts)
     return row * width + place

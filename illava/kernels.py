@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -73,6 +74,11 @@ def asked_for(backend: str | None, otherwise: str) -> str:
     if backend not in (None, "triton", "torch"):
         raise ValueError(f'backend is "triton" or "torch", not {backend!r}')
     return backend or otherwise
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs kernels, as without a GPU. It cannot multiply bf16: widen it."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache

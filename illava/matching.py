@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from illava.groups import BLOCK_ELEMENTS
-from illava.kernels import OPTIONS, Kernels, asked_for, processors
+from illava.kernels import OPTIONS, Kernels, asked_for, interpreted, processors
 from illava.transfer import on
 
 KERNELS = Kernels("likeness")
@@ -137,7 +137,7 @@ def _by_kernel(
             x, norms.clamp(min=SMALLEST_NORM).reciprocal(), index, on(x.device, counts),
             None if grid is None else grid.to(torch.int32).contiguous(), best, match,
             index.stride(0), evens, width, splits, float(penalty),
-            size, grid is not None, matching_kernel.INTERPRETED, tile_even, tile_odd, channels,
+            size, grid is not None, interpreted(), tile_even, tile_odd, channels,
             num_warps=warps, num_stages=stages, **OPTIONS,
         )  # fmt: skip
     top = best.max(dim=0)  # the first of equals, as within a split

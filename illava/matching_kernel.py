@@ -9,13 +9,9 @@ imports it before the kernel is to run.
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
 
-# Triton's interpreter, for machines without a GPU; it cannot multiply bf16, so values are widened there.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Specialising on any of these (or on their alignment) would compile anew for other picture sizes.
 SIZES = ["stride_index", "stride_out", "width", "splits"]
 

@@ -13,13 +13,12 @@ Triton at import, so nothing imports it before a kernel is to run. Strides of q 
 from __future__ import annotations
 
 import math
-import os
 
 import triton
 import triton.language as tl
 
-# Triton's interpreter, for machines without a GPU; it cannot multiply bf16, so values are widened there.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from illava.kernels import interpreted
+
 NEVER = tl.constexpr(2**31 - 1)
 LOG2_E = tl.constexpr(math.log2(math.e))
 # Specialising on any of these (or on their alignment) would compile anew for other picture sizes.
@@ -44,7 +43,7 @@ def _suited(configs: list[triton.Config], arguments: dict, **_) -> list[triton.C
 
 def _tuned(kernel):
     """Chooses block sizes by the clock; the interpreter has none."""
-    if INTERPRETED:
+    if interpreted():
         return triton.heuristics({"BLOCK_OWN": lambda _: 64, "BLOCK_OTHER": lambda _: 64})(kernel)
     configs = [
         triton.Config({"BLOCK_OWN": own, "BLOCK_OTHER": other}, num_warps=warps, num_stages=stages)

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from illava.attention.spans import Spans
-from illava.kernels import DTYPES, OPTIONS, Kernels, asked_for, processors
+from illava.kernels import DTYPES, OPTIONS, Kernels, asked_for, interpreted, processors
 
 KERNELS = Kernels("attention received")
 LARGEST_HEAD = 256
@@ -195,7 +195,7 @@ def column_sums(
             *_vector_strides(q, align), *_vector_strides(k, align), *lse.stride(), *places, *sums[:2],
             queries, keys, longest, heads // group, group, heads_apart, queries_apart, float(scale),
             *parts, spans is not None, ordered, chosen, longest > SHORT,
-            align, kernels.INTERPRETED, **OPTIONS,
+            align, interpreted(), **OPTIONS,
         )  # fmt: skip
         width = 1 << (unit - 1).bit_length()
         units = max(1, 64 // width)
@@ -238,7 +238,7 @@ def log_sum_exp(
             *_strides(q_positions), *_strides(k_positions), *partial.stride()[:3],
             queries, keys, longest, group, apart, float(scale),
             *parts, spans is not None, q_positions is not None, longest > SHORT,
-            align, kernels.INTERPRETED, **OPTIONS,
+            align, interpreted(), **OPTIONS,
         )  # fmt: skip
     return partial[0] if apart == 1 else partial.logsumexp(dim=0)
 
